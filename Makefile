@@ -1,0 +1,48 @@
+# `make help` lists what there is. A second run does nothing that is done.
+STACK  ?= openmmlab
+PYTHON ?= python3
+VENV   ?= .venv
+JOBS   ?= $(shell nproc)
+QUICK  ?=
+
+ifeq ($(filter $(STACK),openmmlab onedl),)
+$(error STACK=$(STACK) is not known: say STACK=openmmlab (the default) or STACK=onedl)
+endif
+
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed-$(STACK)
+
+.PHONY: help install demo demo-all test lint clean
+
+help:
+	@echo 'make install    set up $(VENV): PyTorch, mmcv with its compiled ops, mmdet, mmseg, pvt_mm'
+	@echo 'make demo       train and evaluate a detector on generated data; report in work_dirs/demo'
+	@echo 'make demo-all   the same for detection, instance and semantic segmentation'
+	@echo 'make test       run the tests'
+	@echo 'make lint       run ruff and mypy'
+	@echo 'make clean      remove caches, build products and what the demo wrote; the venv stays'
+	@echo
+	@echo 'Variables: STACK=openmmlab|onedl  PYTHON=$(PYTHON)  VENV=$(VENV)  JOBS=$(JOBS)  QUICK=1 (demo)'
+
+install: $(STAMP)
+
+$(STAMP): tools/install.sh setup.py pyproject.toml $(wildcard requirements/*.txt)
+	@STACK='$(STACK)' PYTHON='$(PYTHON)' VENV='$(VENV)' JOBS='$(JOBS)' bash tools/install.sh
+	@touch '$@'
+
+demo: install
+	$(BIN)/python tools/demo.py --task det $(if $(QUICK),--quick)
+
+demo-all: install
+	$(BIN)/python tools/demo.py --task all $(if $(QUICK),--quick)
+
+test: install
+	$(BIN)/python -m pytest -q
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/mypy pvt_mm
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis data/demo work_dirs/demo
+	find configs pvt_mm tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

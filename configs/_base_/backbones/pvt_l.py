@@ -1,0 +1,9 @@
+# PVT-Large with its ImageNet-1k weights.
+backbone = dict(
+    type='PVT',
+    arch='large',
+    drop_path_rate=0.1,
+    init_cfg=dict(
+        type='Pretrained',
+        checkpoint='https://github.com/whai362/PVT/releases/download/v2/pvt_large.pth'))
+out_channels = [64, 128, 320, 512]

@@ -1,0 +1,3 @@
+# Cascade Mask R-CNN 3x, PVTv2-B2-Linear. Reference: box AP 50.9, mask AP 44.0.
+_base_ = ['_base_/recipes/cascade_mask_rcnn_fpn_3x_coco.py', '_base_/backbones/pvt_v2_b2_li.py']
+model = dict(backbone=_base_.backbone, neck=dict(in_channels=_base_.out_channels))

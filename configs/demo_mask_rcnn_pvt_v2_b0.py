@@ -1,0 +1,47 @@
+# The published Mask R-CNN recipe on the embedded data set, from random weights: minutes on a CPU.
+_base_ = 'mask_rcnn_pvt_v2_b0_fpn_1x_coco.py'
+data_root = 'data/demo/coco/'
+metainfo = dict(
+    classes=('zero', 'one', 'two', 'three', 'four'),
+    palette=[(230, 60, 60), (60, 170, 60), (50, 110, 230), (240, 180, 0), (200, 60, 200)])
+model = dict(
+    backbone=dict(init_cfg=None),
+    roi_head=dict(bbox_head=dict(num_classes=5), mask_head=dict(num_classes=5)),
+    # The sampled regions cost most on a CPU.
+    train_cfg=dict(
+        rpn_proposal=dict(nms_pre=500, max_per_img=200),
+        rcnn=dict(sampler=dict(num=32))),
+    test_cfg=dict(rpn=dict(nms_pre=500, max_per_img=100)))
+
+resize = dict(type='Resize', scale=(128, 128), keep_ratio=True)
+# Not flipped: a mirrored digit is none.
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+    resize,
+    dict(type='PackDetInputs'),
+]
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    resize,
+    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+    dict(type='PackDetInputs'),
+]
+train_dataloader = dict(
+    batch_size=4,
+    num_workers=1,
+    dataset=dict(data_root=data_root, metainfo=metainfo, pipeline=train_pipeline))
+val_dataloader = test_dataloader = dict(
+    batch_size=4,
+    num_workers=1,
+    dataset=dict(data_root=data_root, metainfo=metainfo, pipeline=test_pipeline))
+val_evaluator = test_evaluator = dict(ann_file=data_root + 'annotations/instances_val2017.json')
+
+train_cfg = dict(max_epochs=6, val_interval=2)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=60),
+    dict(type='MultiStepLR', by_epoch=True, begin=0, end=6, milestones=[4, 5], gamma=0.2),
+]
+# One kernel for all parameters: the same numbers in less time.
+optim_wrapper = dict(optimizer=dict(lr=4e-4, fused=True))
+default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=6, max_keep_ckpts=1))

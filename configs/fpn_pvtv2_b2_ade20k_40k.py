@@ -1,0 +1,3 @@
+# Semantic FPN, PVTv2-B2. Reference: mIoU 45.2.
+_base_ = ['_base_/recipes/sem_fpn_ade20k_40k.py', '_base_/backbones/pvt_v2_b2.py']
+model = dict(backbone=_base_.backbone, neck=dict(in_channels=_base_.out_channels))

@@ -1,0 +1,3 @@
+# Semantic FPN, PVTv2-B2-Linear. The reference publishes no figure.
+_base_ = ['_base_/recipes/sem_fpn_ade20k_40k.py', '_base_/backbones/pvt_v2_b2_li.py']
+model = dict(backbone=_base_.backbone, neck=dict(in_channels=_base_.out_channels))

@@ -1,0 +1,3 @@
+# GFL 3x, PVTv2-B2. Reference: box AP 50.2.
+_base_ = ['_base_/recipes/gfl_fpn_3x_coco.py', '_base_/backbones/pvt_v2_b2.py']
+model = dict(backbone=_base_.backbone, neck=dict(in_channels=_base_.out_channels))

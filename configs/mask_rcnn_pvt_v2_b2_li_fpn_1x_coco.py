@@ -1,0 +1,3 @@
+# Mask R-CNN, PVTv2-B2-Linear. Reference: box AP 44.1, mask AP 40.5.
+_base_ = ['_base_/recipes/mask_rcnn_fpn_1x_coco.py', '_base_/backbones/pvt_v2_b2_li.py']
+model = dict(backbone=_base_.backbone, neck=dict(in_channels=_base_.out_channels))

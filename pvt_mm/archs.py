@@ -1,0 +1,74 @@
+"""The published architectures, and how custom ones are checked.
+
+Papers: `PVT <https://arxiv.org/abs/2102.12122>`_, Table 1; `PVTv2
+<https://arxiv.org/abs/2106.13797>`_, Table 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+#: Pixels from one patch to the next, stage by stage: total strides 4, 8, 16 and 32.
+STRIDES = (4, 2, 2, 2)
+
+# One value a stage: token width, attention heads, MLP width over token width, and the factor by
+# which keys and values shrink a side.
+_PYRAMID: dict[str, Any] = {
+    'dims': (64, 128, 320, 512),
+    'num_heads': (1, 2, 5, 8),
+    'mlp_ratios': (8, 8, 4, 4),
+    'sr_ratios': (8, 4, 2, 1),
+}
+
+PVT_ARCHS: dict[str, dict[str, Any]] = {
+    'tiny': {**_PYRAMID, 'depths': (2, 2, 2, 2)},
+    'small': {**_PYRAMID, 'depths': (3, 4, 6, 3)},
+    'medium': {**_PYRAMID, 'depths': (3, 4, 18, 3)},
+    'large': {**_PYRAMID, 'depths': (3, 8, 27, 3)},
+}
+
+PVT_V2_ARCHS: dict[str, dict[str, Any]] = {
+    'b0': {**_PYRAMID, 'dims': (32, 64, 160, 256), 'depths': (2, 2, 2, 2)},
+    'b1': {**_PYRAMID, 'depths': (2, 2, 2, 2)},
+    'b2': {**_PYRAMID, 'depths': (3, 4, 6, 3)},
+    'b2_li': {**_PYRAMID, 'depths': (3, 4, 6, 3), 'linear': True},
+    'b3': {**_PYRAMID, 'depths': (3, 4, 18, 3)},
+    'b4': {**_PYRAMID, 'depths': (3, 8, 27, 3)},
+    'b5': {**_PYRAMID, 'depths': (3, 6, 40, 3), 'mlp_ratios': (4, 4, 4, 4)},
+}
+
+
+def resolve_arch(
+    arch: str | Mapping[str, Any], archs: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Look an architecture up by name, or check one given as a dict.
+
+    Args:
+        arch: A name, or a dict with the keys of the named ones; each value but ``linear`` is a
+            sequence of four, one a stage.
+        archs: The named architectures.
+
+    Raises:
+        ValueError: Where the name or a key is unknown, a key is missing or a value has another
+            length, naming what would do.
+    """
+    if isinstance(arch, str):
+        if arch not in archs:
+            raise ValueError(f'There is no arch {arch!r}; choose one of {", ".join(archs)}.')
+        return dict(archs[arch])
+    keys = {key for named in archs.values() for key in named}
+    required = keys - {'linear'}
+    if not required <= set(arch) <= keys:
+        raise ValueError(
+            f'A custom arch needs the keys {", ".join(sorted(required))}'
+            f'{" (and may have linear)" if keys - required else ""}, but got '
+            f'{", ".join(sorted(arch)) or "none"}.'
+        )
+    for key in sorted(required):
+        if len(arch[key]) != len(STRIDES):
+            raise ValueError(f'arch[{key!r}] must have {len(STRIDES)} values, got {arch[key]}.')
+    for dim, heads in zip(arch['dims'], arch['num_heads']):
+        if dim % heads:
+            raise ValueError(f'A width of {dim} does not split into {heads} attention heads.')
+    return dict(arch)

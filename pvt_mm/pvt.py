@@ -1,0 +1,106 @@
+"""PVT, first version: touching patches and learned position embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from mmengine.registry import MODELS
+
+from .archs import PVT_ARCHS, resolve_arch
+from .layers import Block, Mlp, PatchEmbed, SpatialReductionAttention
+from .pyramid import PyramidBackbone, Stage, StageSpec, check_out_indices, stage_specs
+
+SR_MODES = ('conv', 'avg', 'max')
+
+
+@MODELS.register_module()
+class PVT(PyramidBackbone):
+    """Pyramid Vision Transformer.
+
+    Paper: `Pyramid Vision Transformer: A Versatile Backbone for Dense Prediction without
+    Convolutions <https://arxiv.org/abs/2102.12122>`_, Sec. 3 and Table 1.
+
+    Args:
+        arch: ``'tiny'``, ``'small'``, ``'medium'``, ``'large'``, or a dict with ``dims``,
+            ``depths``, ``num_heads``, ``mlp_ratios`` and ``sr_ratios``, four values each.
+        in_channels: Channels of the input image.
+        pretrain_img_size: Side, or height and width, in pixels, of the images that the position
+            embeddings are learned at. They are resized to any other input.
+        out_indices: Stages to return, in ascending order; later ones are not built.
+        drop_rate: Dropout rate of position embeddings, attention outputs and MLPs.
+        attn_drop_rate: Dropout rate of the attention weights.
+        drop_path_rate: Drop path rate of the last block; it rises linearly from 0.
+        frozen_stages: Freeze the first so many stages whole; 0 and -1 freeze none.
+        with_cp: Recompute blocks in the backward pass: less memory, more time, same numbers.
+        sr_mode: How keys and values shrink: ``'conv'`` as published, or ``'avg'`` or ``'max'``
+            pooling followed by a linear projection.
+        allow_partial: Take weights that fit in part, by whatever road; the rest keeps its values.
+        adapt_in_channels: Take weights for another number of image channels: ``'sum'`` spreads the
+            summed weights over the channels, ``'repeat'`` repeats them; None refuses.
+        init_cfg: mmengine's initialisation, such as
+            ``dict(type='Pretrained', checkpoint=PATH_OR_URL)``.
+
+    Shape:
+        x: (B, in_channels, H, W) -> tuple of (B, C_i, H_i, W_i), contiguous; H_i and W_i halve from
+        stage to stage, rounded down, from H // 4 on. H and W are at least ``min_size`` (32).
+
+    Example:
+        >>> features = PVT('tiny')(torch.zeros(1, 3, 64, 96))
+        >>> [tuple(f.shape) for f in features]
+        [(1, 64, 16, 24), (1, 128, 8, 12), (1, 320, 4, 6), (1, 512, 2, 3)]
+    """
+
+    ARCHS: ClassVar[dict[str, dict[str, Any]]] = PVT_ARCHS
+
+    def __init__(
+        self,
+        arch: str | Mapping[str, Any] = 'small',
+        in_channels: int = 3,
+        pretrain_img_size: int | tuple[int, int] = 224,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        frozen_stages: int = -1,
+        with_cp: bool = False,
+        sr_mode: str = 'conv',
+        allow_partial: bool = False,
+        adapt_in_channels: str | None = None,
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        settings = resolve_arch(arch, self.ARCHS)
+        if sr_mode not in SR_MODES:
+            raise ValueError(f'There is no sr_mode {sr_mode!r}; choose one of {SR_MODES}.')
+        out_indices = check_out_indices(out_indices)
+
+        def block(spec: StageSpec, drop_path: float) -> Block:
+            attn = SpatialReductionAttention(
+                spec.dim, spec.num_heads, spec.sr_ratio, sr_mode, attn_drop_rate, drop_rate
+            )
+            mlp = Mlp(spec.dim, int(spec.dim * spec.mlp_ratio), drop_rate=drop_rate)
+            return Block(spec.dim, attn, mlp, drop_path)
+
+        sides = (
+            (pretrain_img_size,) * 2 if isinstance(pretrain_img_size, int) else pretrain_img_size
+        )
+        stages = []
+        for spec in stage_specs(settings, in_channels, drop_path_rate, max(out_indices) + 1):
+            patch_embed = PatchEmbed(spec.in_channels, spec.dim, spec.stride)
+            sides = (patch_embed.grid_side(sides[0]), patch_embed.grid_side(sides[1]))
+            if not all(sides):
+                raise ValueError(
+                    f'pretrain_img_size={pretrain_img_size} leaves a stage without positions; '
+                    'give at least 32 pixels a side.'
+                )
+            blocks = [block(spec, rate) for rate in spec.drop_path_rates]
+            stages.append(Stage(patch_embed, blocks, sides, drop_rate, with_cp=with_cp))
+        super().__init__(
+            stages,
+            in_channels,
+            out_indices,
+            frozen_stages,
+            allow_partial,
+            adapt_in_channels,
+            init_cfg,
+        )

@@ -1,0 +1,129 @@
+"""Fixtures: the generated data set, and the tools run inside this process."""
+
+import functools
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from mmengine.utils import ManagerMixin
+from reference import REPO, SMALL
+
+#: What makes a demo config small enough for a test, besides its backbone.
+SHORT = """
+train_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False)
+val_dataloader = dict(batch_size=1, num_workers=0, persistent_workers=False)
+test_dataloader = dict(batch_size=1, num_workers=0, persistent_workers=False)
+"""
+DETECTION = """
+train_cfg = dict(max_epochs=1, val_interval=1)
+default_hooks = dict(checkpoint=dict(interval=1), logger=dict(interval=1))
+"""
+RETINANET = """
+model = dict(
+    test_cfg=dict(score_thr=0.0, max_per_img=5),
+    neck=dict(out_channels=32),
+    bbox_head=dict(in_channels=32, feat_channels=32, stacked_convs=1))
+"""
+MASK_RCNN = """
+model = dict(
+    test_cfg=dict(rcnn=dict(score_thr=0.0, max_per_img=5)),
+    neck=dict(out_channels=32),
+    rpn_head=dict(in_channels=32, feat_channels=32),
+    roi_head=dict(
+        bbox_roi_extractor=dict(out_channels=32),
+        mask_roi_extractor=dict(out_channels=32),
+        bbox_head=dict(in_channels=32, fc_out_channels=64),
+        mask_head=dict(in_channels=32, num_convs=1, conv_out_channels=32)))
+"""
+SEMANTIC_FPN = """
+train_cfg = dict(max_iters=3, val_interval=3)
+default_hooks = dict(checkpoint=dict(interval=3), logger=dict(interval=1))
+model = dict(
+    neck=dict(out_channels=32), decode_head=dict(in_channels=[32, 32, 32, 32], channels=32))
+"""
+TASKS = {
+    'det': ('demo_retinanet_pvt_t.py', 'PVT', DETECTION + RETINANET),
+    'ins': ('demo_mask_rcnn_pvt_v2_b0.py', 'PVTv2', DETECTION + MASK_RCNN),
+    'seg': ('demo_fpn_pvt_t.py', 'PVT', SEMANTIC_FPN),
+}
+
+
+@pytest.fixture(scope='session')
+def demo_data(tmp_path_factory):
+    """A small generated data set, in COCO's layout (coco) and ADE20K's (ade)."""
+    root = tmp_path_factory.mktemp('data')
+    make = [sys.executable, 'tools/make_demo_data.py', '--out', str(root / 'demo')]
+    subprocess.run([*make, '--train', '6', '--val', '2'], cwd=REPO, check=True)
+    return root / 'demo'
+
+
+def write_config(folder, task, extra=''):
+    """Write a demo config with a small backbone and head, and return its path."""
+    base, backbone, schedule = TASKS[task]
+    path = folder / f'{task}.py'
+    path.write_text(
+        f'_base_ = {str(REPO / "configs" / base)!r}\n{SHORT}{schedule}\n'
+        f'model["backbone"] = dict(_delete_=True, type={backbone!r}, arch={SMALL!r})\n'
+        f'model["neck"]["in_channels"] = {list(SMALL["dims"])!r}\n{extra}\n'
+    )
+    return path
+
+
+@pytest.fixture
+def small_config(tmp_path):
+    """Write a small config: small_config('det') -> its path."""
+    return functools.partial(write_config, tmp_path)
+
+
+def forget_runs(cls):
+    """Drop the loggers and visualisers that mmengine keeps for the life of a process."""
+    getattr(cls, '_instance_dict', {}).clear()
+    for child in cls.__subclasses__():
+        forget_runs(child)
+
+
+def run_main(folder, name, *arguments):
+    """Run a tool's main in this process and in a folder."""
+    forget_runs(ManagerMixin)
+    spec = importlib.util.spec_from_file_location(f'tool_{name}', REPO / 'tools' / f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, 'argv', [f'{name}.py', *map(str, arguments)])
+        module.main()
+
+
+@pytest.fixture
+def run_tool(tmp_path):
+    """Run a tool in an empty folder: run_tool('train', CONFIG, ...)."""
+    return functools.partial(run_main, tmp_path)
+
+
+class Trained(NamedTuple):
+    """A finished short training; copy the work dir before going on in it."""
+
+    config: Path
+    data: tuple
+    work_dir: Path
+    checkpoint: Path
+
+
+@pytest.fixture(scope='session')
+def trained(tmp_path_factory, demo_data):
+    """Train a task once for three iterations with seed 1: trained('det')."""
+
+    @functools.cache
+    def run(task):
+        folder = tmp_path_factory.mktemp(f'trained_{task}')
+        config = write_config(folder, task)
+        data = ('--data-root', demo_data / ('ade' if task == 'seg' else 'coco'))
+        work_dir = folder / 'run'
+        run_main(folder, 'train', config, *data, '--work-dir', work_dir, '--seed', 1)
+        name = 'iter_3.pth' if task == 'seg' else 'epoch_1.pth'
+        return Trained(config, data, work_dir, work_dir / name)
+
+    return run

@@ -1,0 +1,73 @@
+"""Train a detector or segmentor from a config.
+
+Example:
+    python tools/train.py configs/retinanet_pvt_s_fpn_1x_coco.py --data-root /data/coco
+"""
+
+import argparse
+import os
+
+from mmengine.runner import Runner
+
+from pvt_mm import cli, runtime
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('config', help='config file of mmdet or mmseg kind')
+    parser.add_argument('--work-dir', help='logs and checkpoints (default: work_dirs/CONFIG)')
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        metavar='PATH',
+        help='go on from PATH, or from the newest checkpoint in the work dir',
+    )
+    parser.add_argument(
+        '--load-from', metavar='PATH', help='start from the weights of a checkpoint'
+    )
+    parser.add_argument(
+        '--amp', action='store_true', help='mixed precision: fp16 on a GPU, bf16 on a CPU'
+    )
+    parser.add_argument(
+        '--auto-scale-lr',
+        action='store_true',
+        help="scale the learning rate to the total batch; iterations stay the config's",
+    )
+    parser.add_argument('--seed', type=int, help='seed of all random numbers (default: random)')
+    cli.add_common_arguments(parser)
+    return parser.parse_args()
+
+
+@cli.main_errors
+def main() -> None:
+    args = parse_args()
+    cfg = cli.load_config(args.config, args.cfg_options, args.data_root)
+    cli.task_of(cfg)
+    cli.check_data(cfg, ('train_dataloader', 'val_dataloader'))
+    cfg.launcher = args.launcher
+    os.environ.setdefault('LOCAL_RANK', '0')
+    if args.work_dir:
+        cfg.work_dir = args.work_dir
+    if args.amp:
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+    if args.auto_scale_lr:
+        cli.enable_auto_scale_lr(cfg)
+    if args.seed is not None:
+        cfg.randomness = dict(cfg.get('randomness', {}), seed=args.seed)
+    if args.load_from:
+        cfg.load_from = args.load_from
+    if args.resume:
+        cfg.resume = True
+        cfg.load_from = None if args.resume == 'auto' else args.resume
+    cli.check_checkpoint(cfg.get('load_from'))
+    cli.add_checkpoint_hook(cfg)
+    runtime.setup(cfg)
+    Runner.from_cfg(cfg).train()
+
+
+if __name__ == '__main__':
+    main()
