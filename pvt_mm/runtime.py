@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,9 @@ def _launch_gloo(cfg: Config) -> None:
             'tools/dist_test.sh, which use torchrun.'
         )
     if not torch.distributed.is_initialized():
+        if os.environ.get('WORLD_SIZE') == os.environ.get('LOCAL_WORLD_SIZE'):
+            # One machine: gloo need not look up the machine's name, which may lead nowhere.
+            os.environ.setdefault('GLOO_SOCKET_IFNAME', _loopback())
         torch.distributed.init_process_group('gloo')
     cfg.model_wrapper_cfg = dict(
         type='MMDistributedDataParallel',
@@ -202,6 +206,17 @@ def _launch_gloo(cfg: Config) -> None:
         broadcast_buffers=False,
         find_unused_parameters=cfg.get('find_unused_parameters', False),
     )
+
+
+def _loopback() -> str:
+    return next(name for _, name in socket.if_nameindex() if name.startswith('lo'))
+
+
+def leave_together() -> None:
+    """End a distributed run in step: a rank that ends first breaks the others' connections."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 @OPTIM_WRAPPERS.register_module()

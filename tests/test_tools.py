@@ -118,13 +118,16 @@ def test_two_processes_train_over_gloo(small_config, demo_data, tmp_path):
     """The launch script trains without CUDA in two processes, which halve the iterations."""
     config = small_config('seg')
     command = ['bash', REPO / 'tools/dist_train.sh', config, '2', '--work-dir', tmp_path / 'dist']
-    subprocess.run(
+    done = subprocess.run(
         [*map(str, command), '--data-root', str(demo_data / 'ade'), '--seed', '1'],
-        check=True,
         cwd=tmp_path,
         env={**os.environ, 'PATH': f'{os.path.dirname(sys.executable)}:{os.environ["PATH"]}'},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
         timeout=300,
     )
+    assert done.returncode == 0, done.stdout[-3000:]
     assert np.isfinite(losses(tmp_path / 'dist')).all()
     log = next((tmp_path / 'dist').glob('*/*.log')).read_text()
     assert 'SyncBN' not in log.split('Config:')[-1], 'SyncBN needs CUDA'

@@ -58,6 +58,7 @@ def main() -> None:
     cli.add_checkpoint_hook(cfg)
     runtime.setup(cfg)
     Runner.from_cfg(cfg).test()
+    runtime.leave_together()
 
 
 if __name__ == '__main__':
