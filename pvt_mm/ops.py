@@ -1,5 +1,8 @@
 """The hot operations of PVT as plain functions on tensors: linear, mlp, attention.
 
+Each picks one of two roads by a static rule, :func:`on_cpu_kernels`: the kernels of
+:mod:`pvt_mm.kernels`, or the plain form beside it, which is what GPUs, compilers and other dtypes get.
+
 Tokens are (B, H, W, C). A channels-last image is a view of such tokens, so that convolutions on
 them need no transpose.
 """
@@ -10,21 +13,55 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import kernels
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+Layer = tuple[Tensor, Tensor]
+
+#: Rows from which a convolution's backward pass beats that of a plain product.
+CONVOLUTION_ROWS = 256
+
+#: Queries x keys from which attention in pieces beats PyTorch's fused one.
+PIECED_SCORES = 2**17
+
+
+def on_cpu_kernels(x: Tensor) -> bool:
+    """Whether the CPU kernels take this tensor; the one rule for all operations here."""
+    return (
+        not is_tracing()
+        and x.device.type == 'cpu'
+        and compute_dtype(x) in (torch.float32, torch.bfloat16)
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+    )
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that products run in: autocast's where it is on, else the tensor's own."""
+    device = x.device.type
+    return _autocast_dtype(device) if is_autocast(device) else x.dtype
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Project the last dimension.
 
     Shape:
         x: (..., in) -> (..., out); weight: (out, in); bias: (out,).
     """
-    return F.linear(x, weight, bias)
+    if not on_cpu_kernels(x):
+        return F.linear(x, weight, bias)
+    if not needs_grad(x, weight):
+        dtype = compute_dtype(x)
+        return kernels.product(x.to(dtype), weight.to(dtype), bias.to(dtype))
+    if x.numel() // x.shape[-1] < CONVOLUTION_ROWS:
+        return F.linear(x, weight, bias)
+    return kernels.convolved(x, weight, bias)
 
 
 def mlp(
     x: Tensor,
-    fc1: tuple[Tensor, Tensor],
-    fc2: tuple[Tensor, Tensor],
-    dwconv: tuple[Tensor, Tensor] | None = None,
+    fc1: Layer,
+    fc2: Layer,
+    dwconv: Layer | None = None,
     relu: bool = False,
     drop_rate: float = 0.0,
 ) -> Tensor:
@@ -43,7 +80,24 @@ def mlp(
     Shape:
         x: (B, H, W, C) -> (B, H, W, C).
     """
-    x = linear(x, *fc1)  # (B, H, W, hidden)
+    if drop_rate or not on_cpu_kernels(x):
+        return plain_mlp(x, fc1, fc2, dwconv, relu, drop_rate)
+    dtype = compute_dtype(x)
+    if not needs_grad(x, fc1[0]):
+        return kernels.mlp(x, fc1, fc2, dwconv, relu, dtype)
+    return kernels.MlpFunction.apply(x, *fc1, *fc2, *(dwconv or (None, None)), relu, dtype)
+
+
+def plain_mlp(
+    x: Tensor,
+    fc1: Layer,
+    fc2: Layer,
+    dwconv: Layer | None = None,
+    relu: bool = False,
+    drop_rate: float = 0.0,
+) -> Tensor:
+    """Compute :func:`mlp` in PyTorch's plain operations."""
+    x = F.linear(x, *fc1)  # (B, H, W, hidden)
     if relu:
         x = F.relu(x)
     if dwconv is not None:
@@ -54,14 +108,14 @@ def mlp(
     x = F.gelu(x)
     if drop_rate:
         x = F.dropout(x, drop_rate)
-    x = linear(x, *fc2)  # (B, H, W, C)
+    x = F.linear(x, *fc2)  # (B, H, W, C)
     return F.dropout(x, drop_rate) if drop_rate else x
 
 
 def attention(
     query: Tensor, key: Tensor, value: Tensor, num_heads: int, drop_rate: float = 0.0
 ) -> Tensor:
-    """Attend with several heads, without writing the query x key matrix where PyTorch can do so.
+    """Attend with several heads, without writing the query x key matrix where that can be had.
 
     Paper: `PVT <https://arxiv.org/abs/2102.12122>`_, Sec. 3.3, eq. 4.
 
@@ -75,6 +129,18 @@ def attention(
     Shape:
         query: (B, N, C); key and value: (B, M, C) -> (B, N, C).
     """
+    scores = query.shape[1] * key.shape[1]
+    if drop_rate or not on_cpu_kernels(query) or scores < PIECED_SCORES:
+        return plain_attention(query, key, value, num_heads, drop_rate)
+    if not needs_grad(query, key, value):
+        return kernels.attention(query, key, value, num_heads)
+    return kernels.AttentionFunction.apply(query, key, value, num_heads)
+
+
+def plain_attention(
+    query: Tensor, key: Tensor, value: Tensor, num_heads: int, drop_rate: float = 0.0
+) -> Tensor:
+    """Compute :func:`attention` by PyTorch's fused kernel."""
     q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (query, key, value))
     out = F.scaled_dot_product_attention(q, k, v, dropout_p=drop_rate)  # (B, heads, N, C/heads)
     return out.transpose(1, 2).flatten(2)
@@ -91,9 +157,30 @@ def resize_grid(grid: Tensor, height: int, width: int) -> Tensor:
     return image.permute(0, 2, 3, 1)
 
 
+def needs_grad(*tensors: Tensor) -> bool:
+    """Whether autograd would record an operation on these."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
 def is_tracing() -> bool:
     """Whether torch.compile or torch.export is recording, so that sizes must stay symbolic."""
     return _is_compiling()
+
+
+def is_autocast(device_type: str) -> bool:
+    """Whether autocast is on for a kind of device."""
+    try:
+        return torch.is_autocast_enabled(device_type)
+    except TypeError:  # PyTorch < 2.4
+        return torch.is_autocast_cpu_enabled() if device_type == 'cpu' else torch.is_autocast_enabled()
+
+
+def _autocast_dtype(device_type: str) -> torch.dtype:
+    try:
+        return torch.get_autocast_dtype(device_type)
+    except AttributeError:  # PyTorch < 2.4
+        cpu = device_type == 'cpu'
+        return torch.get_autocast_cpu_dtype() if cpu else torch.get_autocast_gpu_dtype()
 
 
 try:

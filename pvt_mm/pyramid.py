@@ -235,7 +235,7 @@ class PyramidBackbone(BaseModule):
                 f'{x.shape[1]}; set in_channels={x.shape[1]} or convert the image.'
             )
         dtype = self.stages[0].patch_embed.proj.weight.dtype
-        if not x.is_floating_point() or (x.dtype != dtype and not _autocast_on(x.device.type)):
+        if not x.is_floating_point() or (x.dtype != dtype and not ops.is_autocast(x.device.type)):
             raise TypeError(
                 f'{name} has weights of {dtype}, but the image is {x.dtype}; '
                 f'convert it with .to({dtype}).'
@@ -245,13 +245,6 @@ class PyramidBackbone(BaseModule):
                 f'{name} needs images of at least {self.min_size} x {self.min_size} pixels, '
                 f'but got {x.shape[2]} x {x.shape[3]}: a stage would have no keys left.'
             )
-
-
-def _autocast_on(device_type: str) -> bool:
-    try:
-        return torch.is_autocast_enabled(device_type)
-    except TypeError:  # PyTorch < 2.4
-        return torch.is_autocast_enabled() or torch.is_autocast_cpu_enabled()
 
 
 def check_out_indices(out_indices: Sequence[int]) -> tuple[int, ...]:

@@ -1,0 +1,316 @@
+"""CPU kernels behind :mod:`pvt_mm.ops`: products by oneDNN, in pieces that stay in the cache.
+
+PyTorch's own forms write whole hidden layers and attention matrices to memory and read them back;
+at detection sizes that costs more than the arithmetic. These kernels make a piece, use it and
+forget it. In training they keep the inputs and make the pieces again in the backward pass.
+
+Each has a plain twin in :mod:`pvt_mm.ops` with the same result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+#: Elements of an intermediate buffer. A few such buffers share the last-level cache, and each stays
+#: below the size from which the C library gives memory back to the system at once.
+PIECE = 2**20
+
+#: Hidden channels that go through the depth-wise convolution together.
+BLOCK = 128
+
+Layer = tuple[Tensor, Tensor]
+
+# oneDNN's operations with an activation behind them. Inductor's own, not public: hence the other
+# road beside each use.
+_linear: Any = getattr(torch.ops.mkldnn, '_linear_pointwise', None)
+_convolution: Any = getattr(torch.ops.mkldnn, '_convolution_pointwise', None)
+PLAIN: tuple = ('none', [], '')
+GELU: tuple = ('gelu', [], 'none')  # the exact form, no approximation
+
+
+def product(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False
+) -> Tensor:
+    """Multiply by a weight as :func:`torch.nn.functional.linear` does, without autograd.
+
+    Args:
+        x: Tokens.
+        weight: Contiguous.
+        bias: Added to the product.
+        gelu: Activate the result, while it is in registers.
+
+    Shape:
+        x: (..., in) -> (..., out); weight: (out, in); bias: (out,).
+    """
+    if _linear is not None and x.dtype in (torch.float32, torch.bfloat16):
+        return _linear(x, weight, bias, *(GELU if gelu else PLAIN))
+    out = convolved(x, weight, bias)
+    return F.gelu(out) if gelu else out
+
+
+def convolved(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Multiply by a weight as a 1x1 convolution, which oneDNN runs forward and backward.
+
+    Shape:
+        x: (..., in) -> (..., out); weight: (out, in); bias: (out,).
+    """
+    out = F.conv2d(_image(x), weight[:, :, None, None], bias)  # (1, out, N, 1)
+    return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _image(x: Tensor) -> Tensor:
+    """View tokens (..., C) as a channels-last image (1, C, N, 1)."""
+    return x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
+
+
+def weight_grad(grad: Tensor, x: Tensor) -> Tensor:
+    """Gradient of a product's weight.
+
+    Shape:
+        grad: (N, out); x: (N, in) -> (out, in).
+    """
+    weight = x.new_empty(grad.shape[1], x.shape[1], 1, 1)
+    grads = torch.ops.aten.convolution_backward(
+        _image(grad), _image(x), weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1,
+        [False, True, False],
+    )  # fmt: skip
+    return grads[1].reshape(weight.shape[:2])
+
+
+def _pieces(length: int, size: int) -> Iterator[slice]:
+    size = max(size, 1)
+    return (slice(start, min(start + size, length)) for start in range(0, length, size))
+
+
+def _cast(layer: Layer, dtype: torch.dtype) -> Layer:
+    return layer[0].to(dtype), layer[1].to(dtype)
+
+
+# Perceptron, inference
+
+
+def mlp(
+    x: Tensor, fc1: Layer, fc2: Layer, dwconv: Layer | None, relu: bool, dtype: torch.dtype
+) -> Tensor:
+    """Run :func:`pvt_mm.ops.mlp` without autograd, computing in ``dtype``.
+
+    Shape:
+        x: (B, H, W, C) -> (B, H, W, C) of ``dtype``.
+    """
+    fc1, fc2 = _cast(fc1, dtype), _cast(fc2, dtype)
+    out = x.new_empty(x.shape, dtype=dtype)
+    if dwconv is None:
+        tokens, results = x.flatten(0, 2), out.view(-1, x.shape[-1])
+        for rows in _pieces(len(tokens), PIECE // len(fc1[0])):
+            results[rows] = product(product(tokens[rows].to(dtype), *fc1, gelu=True), *fc2)
+        return out
+    dwconv = _cast(dwconv, dtype)
+    for image, result in zip(x, out):
+        _mlp_of_image(image, fc1, fc2, dwconv, relu, result)
+    return out
+
+
+def _mlp_of_image(
+    image: Tensor, fc1: Layer, fc2: Layer, dwconv: Layer, relu: bool, out: Tensor
+) -> None:
+    """Fill ``out`` band by band; a band takes one row more on each side for the convolution."""
+    height, width, _ = image.shape
+    hidden = len(fc1[0])
+    block = hidden if height * width * hidden <= PIECE else min(hidden, BLOCK)
+    blocks = list(_pieces(hidden, block))
+    last = [fc2[0][:, channels].contiguous() for channels in blocks]
+    for rows in _pieces(height, PIECE // (block * width)):
+        top = max(rows.start - 1, 0)
+        band = image[top : rows.stop + 1].to(out.dtype)
+        total = None
+        for channels, weight in zip(blocks, last):
+            x = product(band, fc1[0][channels], fc1[1][channels])  # (h, W, block)
+            if relu:
+                x.relu_()
+            x = _depthwise_gelu(x[None], (dwconv[0][channels], dwconv[1][channels]))[0]
+            x = x[rows.start - top : rows.stop - top]
+            part = product(x, weight, fc2[1] if total is None else None)
+            total = part if total is None else total.add_(part)
+        out[rows] = total
+
+
+def _depthwise(x: Tensor, dwconv: Layer) -> Tensor:
+    """Convolve each channel of (B, H, W, C) with its own 3x3 kernel."""
+    image = x.permute(0, 3, 1, 2)  # (B, C, H, W), channels-last
+    weight, bias = dwconv
+    out = F.conv2d(image, weight, bias, padding=1, groups=len(weight))
+    return out.permute(0, 2, 3, 1)
+
+
+def _depthwise_gelu(x: Tensor, dwconv: Layer) -> Tensor:
+    weight, bias = dwconv
+    if _convolution is None or x.dtype not in (torch.float32, torch.bfloat16):
+        return F.gelu(_depthwise(x, dwconv))
+    ones = [1, 1]
+    image = x.permute(0, 3, 1, 2)  # (B, C, H, W), channels-last
+    out = _convolution(image, weight, bias, ones, ones, ones, len(weight), *GELU)
+    return out.permute(0, 2, 3, 1)
+
+
+# Perceptron, training
+
+
+class MlpFunction(torch.autograd.Function):
+    """:func:`pvt_mm.ops.mlp` that keeps only its input, a block of hidden channels at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight1: Tensor,
+        bias1: Tensor,
+        weight2: Tensor,
+        bias2: Tensor,
+        dw_weight: Tensor | None,
+        dw_bias: Tensor | None,
+        relu: bool,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Run the perceptron in ``dtype``."""
+        ctx.relu, ctx.dtype = relu, dtype
+        ctx.save_for_backward(x, weight1, bias1, weight2, bias2, dw_weight, dw_bias)
+        dwconv = None if dw_weight is None else (dw_weight, dw_bias)
+        return mlp(x, (weight1, bias1), (weight2, bias2), dwconv, relu, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Make each block of hidden channels again and send the gradient through it."""
+        x, weight1, bias1, weight2, bias2, dw_weight, dw_bias = ctx.saved_tensors
+        x, grad = x.to(ctx.dtype), grad.to(ctx.dtype).contiguous()
+        tokens, grad_rows = x.flatten(0, 2), grad.flatten(0, 2)
+        grad_x = None
+        grads = [None if t is None else torch.empty_like(t) for t in ctx.saved_tensors[1:]]
+        grad1, grad_bias1, grad2, grad_bias2, grad_dw, grad_dw_bias = grads
+        grad_bias2.copy_(grad_rows.sum(0))
+        for channels in hidden_blocks(x, len(weight1)):
+            layers = _block_layers(ctx.saved_tensors, channels, x.dtype)
+            first, convolved_, activated = _hidden(x, layers, ctx.relu)
+            grad2[:, channels] = weight_grad(grad_rows, activated.flatten(0, 2))
+            del activated
+            grad_h = product(grad, layers[2].t().contiguous())  # of the activated layer
+            grad_h = torch.ops.aten.gelu_backward(grad_h, convolved_)
+            if layers[3] is not None:
+                grad_h, grad_dw[channels], grad_dw_bias[channels] = _depthwise_grads(
+                    grad_h, first, layers[3]
+                )
+            if ctx.relu:
+                grad_h = torch.ops.aten.threshold_backward(grad_h, first, 0)
+            del first, convolved_
+            rows = grad_h.flatten(0, 2)
+            grad1[channels] = weight_grad(rows, tokens)
+            grad_bias1[channels] = rows.sum(0)
+            part = product(grad_h, layers[0].t().contiguous())
+            grad_x = part if grad_x is None else grad_x.add_(part)
+        return grad_x, grad1, grad_bias1, grad2, grad_bias2, grad_dw, grad_dw_bias, None, None
+
+
+def hidden_blocks(x: Tensor, hidden: int) -> list[slice]:
+    """Cut hidden channels so that a block's activations fill about one piece."""
+    tokens = x.numel() // x.shape[-1]
+    size = max(PIECE // tokens // 64 * 64, 64)
+    return list(_pieces(hidden, size))
+
+
+def _block_layers(saved: tuple, channels: slice, dtype: torch.dtype) -> tuple:
+    """Weights of a block: fc1's weight and bias, fc2's weight, and the depth-wise layer."""
+    _, weight1, bias1, weight2, _, dw_weight, dw_bias = saved
+    dwconv = None if dw_weight is None else _cast((dw_weight[channels], dw_bias[channels]), dtype)
+    return (
+        weight1[channels].to(dtype),
+        bias1[channels].to(dtype),
+        weight2[:, channels].to(dtype).contiguous(),
+        dwconv,
+    )
+
+
+def _hidden(x: Tensor, layers: tuple, relu: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the hidden layer after fc1, after the convolution, and after GELU."""
+    first = product(x, layers[0], layers[1])
+    if relu:
+        first.relu_()
+    middle = first if layers[3] is None else _depthwise(first, layers[3])
+    return first, middle, F.gelu(middle)
+
+
+def _depthwise_grads(grad: Tensor, x: Tensor, dwconv: Layer) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the depth-wise convolution: of its input (B, H, W, C), weight and bias."""
+    weight, _ = dwconv
+    grad_image, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+        grad.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight, [len(weight)],
+        [1, 1], [1, 1], [1, 1], False, [0, 0], len(weight), [True, True, True],
+    )  # fmt: skip
+    return grad_image.permute(0, 2, 3, 1).contiguous(), grad_weight, grad_bias
+
+
+# Attention
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
+    """Run :func:`pvt_mm.ops.attention` without autograd, some queries of one head at a time.
+
+    Shape:
+        query: (B, N, C); key and value: (B, M, C) -> (B, N, C).
+    """
+    out = torch.empty_like(query)
+    for q, k, v, o in _heads(num_heads, query, key, value, out):
+        k, v = (k * k.shape[1] ** -0.5), v.t().contiguous()  # (M, d), (d, M)
+        for rows in _pieces(len(q), PIECE // len(k)):
+            o[rows] = product(product(q[rows].contiguous(), k).softmax(-1), v)
+    return out
+
+
+def _heads(num_heads: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield views (N, d) of each (B, N, C), for every image and head."""
+    split = [t.unflatten(-1, (num_heads, -1)) for t in tensors]
+    for image in range(len(tensors[0])):
+        for head in range(num_heads):
+            yield tuple(t[image, :, head] for t in split)
+
+
+class AttentionFunction(torch.autograd.Function):
+    """:func:`pvt_mm.ops.attention` that never holds the query x key matrix whole."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
+        """Attend, and keep only the inputs."""
+        ctx.num_heads = num_heads
+        ctx.save_for_backward(query, key, value)
+        return attention(query, key, value, num_heads)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Make the attention weights again, some queries at a time."""
+        inputs = ctx.saved_tensors
+        grads = [torch.empty_like(t) for t in inputs]
+        for q, k, v, g, gq, gk, gv in _heads(ctx.num_heads, *inputs, grad, *grads):
+            scale = k.shape[1] ** -0.5
+            k, v = k * scale, v.contiguous()  # (M, d)
+            k_t = k.t().contiguous()  # (d, M)
+            sum_k = torch.zeros(k.shape, dtype=torch.float32 if k.dtype == torch.bfloat16 else k.dtype)
+            sum_v = torch.zeros_like(sum_k)
+            for rows in _pieces(len(q), PIECE // len(k)):
+                queries, grad_rows = q[rows].contiguous(), g[rows].contiguous()
+                weights = product(queries, k).softmax(-1)  # (n, M)
+                sum_v += weight_grad(weights, grad_rows)
+                grad_scores = torch.ops.aten._softmax_backward_data(
+                    product(grad_rows, v), weights, -1, weights.dtype
+                )
+                del weights
+                gq[rows] = product(grad_scores, k_t)
+                sum_k += weight_grad(grad_scores, queries)
+            gk.copy_(sum_k.mul_(scale))
+            gv.copy_(sum_v)
+        return grads[0], grads[1], grads[2], None

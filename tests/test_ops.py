@@ -1,0 +1,236 @@
+"""The fast CPU kernels give what PyTorch's plain operations give, gradients included."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import SMALL
+from torch import nn
+
+from pvt_mm import PVT, PVTv2, kernels, ops
+
+few = settings(max_examples=25, deadline=None)
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    """Pieces of a few rows, so that small tensors are cut as large ones are."""
+    monkeypatch.setattr(kernels, 'PIECE', 2**9)
+    monkeypatch.setattr(kernels, 'BLOCK', 16)
+    monkeypatch.setattr(ops, 'PIECED_SCORES', 1)
+    monkeypatch.setattr(ops, 'CONVOLUTION_ROWS', 1)
+
+
+def draw(*shape, seed, dtype=torch.float32, grad=False):
+    """Standard normal values that depend on the seed alone."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=dtype).requires_grad_(grad)
+
+
+def mlp_inputs(seed, batch, height, width, dim, hidden, depthwise, **kwargs):
+    """Tokens and the layers of a perceptron, weights of about unit gain."""
+    x = draw(batch, height, width, dim, seed=seed, **kwargs)
+    fc1 = (
+        draw(hidden, dim, seed=seed + 1, **kwargs),
+        draw(hidden, seed=seed + 2, **kwargs),
+    )
+    fc2 = (draw(dim, hidden, seed=seed + 3, **kwargs), draw(dim, seed=seed + 4, **kwargs))
+    dwconv = None
+    if depthwise:
+        dwconv = (
+            draw(hidden, 1, 3, 3, seed=seed + 5, **kwargs),
+            draw(hidden, seed=seed + 6, **kwargs),
+        )
+    return x, fc1, fc2, dwconv
+
+
+def leaves(inputs):
+    """The tensors of mlp_inputs, flat."""
+    x, fc1, fc2, dwconv = inputs
+    return [x, *fc1, *fc2, *(dwconv or ())]
+
+
+def close(ours, plain, tolerance=1e-5):
+    """Compare relative to the root mean square of the plain values."""
+    scale = plain.detach().square().mean().sqrt().clamp(min=1e-3)
+    assert ours.shape == plain.shape
+    assert ((ours - plain).abs().max() / scale).item() < tolerance
+
+
+perceptrons = st.fixed_dictionaries(
+    dict(
+        seed=st.integers(0, 10**6),
+        batch=st.integers(1, 3),
+        height=st.integers(1, 12),
+        width=st.integers(1, 12),
+        dim=st.sampled_from([1, 8, 20]),
+        hidden=st.sampled_from([1, 16, 40]),
+        depthwise=st.booleans(),
+    )
+)
+
+
+@few
+@given(perceptrons, st.booleans())
+def test_mlp_in_pieces_is_the_plain_one(shape, relu):
+    """Bands, halos and blocks of hidden channels leave no seam."""
+    x, fc1, fc2, dwconv = mlp_inputs(**shape)
+    relu = relu and dwconv is not None
+    assert ops.on_cpu_kernels(x)
+    close(ops.mlp(x, fc1, fc2, dwconv, relu), ops.plain_mlp(x, fc1, fc2, dwconv, relu))
+
+
+@few
+@given(perceptrons, st.booleans())
+def test_mlp_gradients_are_the_plain_ones(shape, relu):
+    """Activations made again in the backward pass give autograd's own gradients."""
+    inputs = mlp_inputs(**shape, grad=True)
+    relu = relu and inputs[3] is not None
+    grads = []
+    for mlp in (ops.mlp, ops.plain_mlp):
+        out = mlp(*inputs, relu)
+        weights = draw(*out.shape, seed=9)
+        grads.append(torch.autograd.grad((out * weights).sum(), leaves(inputs)))
+    for ours, plain in zip(*grads):
+        close(ours, plain, 1e-4)
+
+
+@pytest.mark.parametrize('depthwise', [False, True])
+def test_mlp_gradients_against_finite_differences(depthwise):
+    """PyTorch's gradcheck in double precision, over several blocks and with the ReLU."""
+    inputs = mlp_inputs(3, 2, 3, 4, 3, 70, depthwise, dtype=torch.float64, grad=True)
+
+    def function(x, weight1, bias1, weight2, bias2, dw_weight=None, dw_bias=None):
+        return kernels.MlpFunction.apply(
+            x, weight1, bias1, weight2, bias2, dw_weight, dw_bias, depthwise, torch.float64
+        )
+
+    torch.autograd.gradcheck(function, leaves(inputs), fast_mode=True)
+
+
+attentions = st.fixed_dictionaries(
+    dict(
+        seed=st.integers(0, 10**6),
+        batch=st.integers(1, 3),
+        queries=st.integers(1, 70),
+        keys=st.integers(1, 40),
+        heads=st.integers(1, 4),
+        dim=st.sampled_from([1, 8, 20]),
+    )
+)
+
+
+def attention_inputs(seed, batch, queries, keys, heads, dim, **kwargs):
+    """Queries, and keys and values as the two halves of one tensor, as the layers give them."""
+    query = draw(batch, queries, heads * dim, seed=seed, **kwargs)
+    both = draw(batch, keys, 2 * heads * dim, seed=seed + 1, **kwargs)
+    return query, both
+
+
+@few
+@given(attentions, st.sampled_from([1.0, 30.0]))
+def test_attention_in_pieces_is_the_plain_one(shape, sharpness):
+    """Also where the weights are nearly one-hot."""
+    query, both = attention_inputs(**shape)
+    query = query * sharpness
+    args = (query, *both.chunk(2, -1), shape['heads'])
+    close(ops.attention(*args), ops.plain_attention(*args), 3e-5)
+
+
+@few
+@given(attentions)
+def test_attention_gradients_are_the_plain_ones(shape):
+    """Attention weights made again in the backward pass give autograd's own gradients."""
+    inputs = attention_inputs(**shape, grad=True)
+    grads = []
+    for attention in (ops.attention, ops.plain_attention):
+        out = attention(inputs[0], *inputs[1].chunk(2, -1), shape['heads'])
+        weights = draw(*out.shape, seed=9)
+        grads.append(torch.autograd.grad((out * weights).sum(), inputs))
+    for ours, plain in zip(*grads):
+        # Gradients of the scores nearly cancel where there are few keys.
+        torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-4)
+
+
+def test_attention_gradients_against_finite_differences():
+    """PyTorch's gradcheck in double precision, over several pieces."""
+    query, both = attention_inputs(3, 2, 30, 40, 2, 3, dtype=torch.float64, grad=True)
+
+    def function(query, both):
+        return kernels.AttentionFunction.apply(query, *both.chunk(2, -1), 2)
+
+    torch.autograd.gradcheck(function, (query, both), fast_mode=True)
+
+
+@few
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from([(5,), (2, 3), (2, 3, 4), (1, 1)]),
+    st.sampled_from([1, 8, 20]),
+    st.sampled_from([1, 16, 40]),
+    st.booleans(),
+)
+def test_linear_is_the_plain_one(seed, lead, inner, outer, grad):
+    """With and without autograd, values and gradients."""
+    x = draw(*lead, inner, seed=seed, grad=grad)
+    weight = draw(outer, inner, seed=seed + 1, grad=grad)
+    bias = draw(outer, seed=seed + 2, grad=grad)
+    ours, plain = ops.linear(x, weight, bias), nn.functional.linear(x, weight, bias)
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+    if grad:
+        ours = torch.autograd.grad(ours.square().sum(), (x, weight, bias))
+        plain = torch.autograd.grad(plain.square().sum(), (x, weight, bias))
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('backbone', [PVT, PVTv2])
+@pytest.mark.parametrize('grad', [False, True])
+def test_bf16_error_is_small(backbone, grad):
+    """Under autocast the features differ from fp32's by at most 5% of their size."""
+    torch.manual_seed(0)
+    model = backbone(arch=SMALL).eval()
+    x = draw(2, 3, 96, 64, seed=1)
+    with torch.set_grad_enabled(grad):
+        exact = model(x)
+        with torch.autocast('cpu', torch.bfloat16):
+            rough = model(x)
+    for ours, plain in zip(rough, exact):
+        close(ours.detach().float(), plain.detach(), 0.05)
+
+
+@pytest.mark.parametrize('backbone', [PVT, PVTv2])
+def test_public_operations_stand_in(backbone, monkeypatch):
+    """Without Inductor's operations the public ones give the same features."""
+    assert kernels._linear is not None and kernels._convolution is not None, 'gone from PyTorch'
+    model = backbone(arch=SMALL).eval()
+    x = draw(1, 3, 96, 64, seed=1)
+    with torch.no_grad():
+        fast = model(x)
+        monkeypatch.setattr(kernels, '_linear', None)
+        monkeypatch.setattr(kernels, '_convolution', None)
+        public = model(x)
+    for ours, plain in zip(public, fast):
+        close(ours, plain)
+
+
+def test_weights_swapped_in_place_are_used_at_once():
+    """An EMA hook copies into p.data, which raises no version counter; nothing may be stale."""
+    torch.manual_seed(0)
+    model, other = PVT(arch=SMALL).eval(), PVT(arch=SMALL).eval()
+    x = draw(1, 3, 64, 64, seed=1)
+    with torch.no_grad():
+        model(x)
+        for ours, theirs in zip(model.parameters(), other.parameters()):
+            ours.data.copy_(theirs.data)
+        for ours, theirs in zip(model(x), other(x)):
+            assert torch.equal(ours, theirs)
+
+
+def test_the_rule():
+    """Kernels for fp32 and bf16 on a CPU with oneDNN; the plain form for all else."""
+    x = torch.zeros(1, 2, 2, 4)
+    assert ops.on_cpu_kernels(x) and ops.on_cpu_kernels(x.bfloat16())
+    assert not ops.on_cpu_kernels(x.double()) and not ops.on_cpu_kernels(x.half())
+    assert not ops.on_cpu_kernels(x.to('meta'))
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not ops.on_cpu_kernels(x)
