@@ -6,6 +6,12 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+# Where OpenMMLab's tools look inside the package, and what they find there.
+MIM_LINKS = {
+    'configs/pvt': '../../../configs',
+    'tools': '../../tools',
+    'model-index.yml': '../../model-index.yml',
+}
 
 
 def read_version():
@@ -26,6 +32,17 @@ def read_description():
     return readme.read_text(encoding='utf-8') if readme.exists() else ''
 
 
+def link_mim():
+    """Make the links of pvt_mm/.mim here, since archives and some checkouts lose links."""
+    for name, target in MIM_LINKS.items():
+        link = ROOT / 'pvt_mm' / '.mim' / name
+        if not link.is_symlink():
+            link.unlink(missing_ok=True)  # a text file, where a link was lost
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(target)
+
+
+link_mim()
 setup(
     name='pvt-mm',
     version=read_version(),
@@ -46,7 +63,7 @@ setup(
     # Both stacks provide the same modules, so neither can be a hard requirement.
     extras_require={stack: read_pins(stack) for stack in ('openmmlab', 'onedl')},
     packages=find_packages(include=['pvt_mm', 'pvt_mm.*']),
-    # pvt_mm/.mim, where OpenMMLab's tools look, holds links to the folders at the root.
+    # setuptools follows the links, so that a wheel holds the files themselves.
     include_package_data=False,
     package_data={
         'pvt_mm': [

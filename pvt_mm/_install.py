@@ -27,6 +27,11 @@ _COMMANDS = {
     },
 }
 
+_PINS = {
+    'openmmlab': {'mmdet': 'mmdet==3.3.0', 'mmseg': 'mmsegmentation==1.2.2'},
+    'onedl': {'mmdet': 'onedl-mmdetection==3.5.1', 'mmseg': 'onedl-mmsegmentation==1.4.2'},
+}
+
 
 def check_requirements() -> None:
     """Fail early, in one sentence, where PyTorch, mmengine or mmcv is missing or too old.
@@ -49,6 +54,11 @@ def check_requirements() -> None:
         commands.append("pip install 'setuptools<81'")
     if faults:
         raise ImportError(f'pvt_mm needs {" and ".join(faults)}; run: {" && ".join(commands)}')
+
+
+def pinned(module: str) -> str:
+    """Return the requirement, such as ``mmdet==3.3.0``, that pvt_mm's configs are made for."""
+    return _PINS['onedl' if _is_onedl() else 'openmmlab'][module]
 
 
 def register_config_packages() -> None:

@@ -39,6 +39,10 @@ PVT_V2_ARCHS: dict[str, dict[str, Any]] = {
 }
 
 
+class ArchError(ValueError):
+    """An architecture that is unknown or does not fit together."""
+
+
 def resolve_arch(
     arch: str | Mapping[str, Any], archs: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
@@ -50,25 +54,25 @@ def resolve_arch(
         archs: The named architectures.
 
     Raises:
-        ValueError: Where the name or a key is unknown, a key is missing or a value has another
+        ArchError: Where the name or a key is unknown, a key is missing or a value has another
             length, naming what would do.
     """
     if isinstance(arch, str):
         if arch not in archs:
-            raise ValueError(f'There is no arch {arch!r}; choose one of {", ".join(archs)}.')
+            raise ArchError(f'There is no arch {arch!r}; choose one of {", ".join(archs)}.')
         return dict(archs[arch])
     keys = {key for named in archs.values() for key in named}
     required = keys - {'linear'}
     if not required <= set(arch) <= keys:
-        raise ValueError(
+        raise ArchError(
             f'A custom arch needs the keys {", ".join(sorted(required))}'
             f'{" (and may have linear)" if keys - required else ""}, but got '
             f'{", ".join(sorted(arch)) or "none"}.'
         )
     for key in sorted(required):
         if len(arch[key]) != len(STRIDES):
-            raise ValueError(f'arch[{key!r}] must have {len(STRIDES)} values, got {arch[key]}.')
+            raise ArchError(f'arch[{key!r}] must have {len(STRIDES)} values, got {arch[key]}.')
     for dim, heads in zip(arch['dims'], arch['num_heads']):
         if dim % heads:
-            raise ValueError(f'A width of {dim} does not split into {heads} attention heads.')
+            raise ArchError(f'A width of {dim} does not split into {heads} attention heads.')
     return dict(arch)

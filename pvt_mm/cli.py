@@ -5,14 +5,19 @@ from __future__ import annotations
 import argparse
 import difflib
 import functools
+import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, ConfigDict, DictAction
 
+from ._install import pinned
+from .archs import ArchError
 from .checkpoint import CheckpointMismatchError
 from .runtime import UserError
 
@@ -28,11 +33,39 @@ def main_errors(main: Callable[[], None]) -> Callable[[], None]:
         warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
         try:
             main()
-        except (UserError, CheckpointMismatchError) as error:
-            print(f'error: {error}', file=sys.stderr)
-            sys.exit(1)
+        except (UserError, CheckpointMismatchError, ArchError) as error:
+            message = str(error)
+        except KeyError as error:
+            message = _unregistered(str(error))
+            if not message:
+                raise
+        else:
+            return
+        print(f'error: {message}', file=sys.stderr)
+        sys.exit(1)
 
     return run
+
+
+def _unregistered(message: str) -> str:
+    """Turn mmengine's error about a type that no one registered into one sentence."""
+    match = re.search(r'(\w+) is not in the (mmdet|mmseg)::', message)
+    if match is None:
+        return ''
+    name, package = match.groups()
+    if name in ('PVT', 'PVTv2'):
+        return (
+            f'The config uses {name} without importing it; add '
+            "custom_imports = dict(imports=['pvt_mm'], allow_failed_imports=False)."
+        )
+    found = f'{package} {import_module(package).__version__}, which is installed, has no {name}'
+    pin = pinned(package)
+    if pin.endswith(f'=={import_module(package).__version__}'):
+        return (
+            f'{found}; check the name, or if another package has it, name that in '
+            'custom_imports = dict(imports=[...]).'
+        )
+    return f'{found}; the configs of pvt_mm are made for {pin}: pip install {pin}.'
 
 
 def load_config(
@@ -68,11 +101,17 @@ def load_config(
 
 
 def _nearest(file: Path) -> str:
-    names = [f.name for f in file.parent.glob('*.py')]
-    near = difflib.get_close_matches(file.name, names, n=3)
+    """Name the configs, of the same folder or of pvt_mm, that come near one that is not there."""
+    bundled = Path(__file__).parent / '.mim' / 'configs' / 'pvt'
+    found = {
+        path.name: os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+        for folder in (bundled.resolve(), file.parent.resolve())
+        for path in folder.glob('*.py')
+    }
+    near = difflib.get_close_matches(f'{file.stem}.py', found, n=3)
     if not near:
         return 'check the path.'
-    return f'did you mean {" or ".join(str(file.parent / name) for name in near)}?'
+    return f'did you mean {" or ".join(found[name] for name in near)}?'
 
 
 def set_data_root(cfg: Config, root: str) -> None:

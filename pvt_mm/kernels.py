@@ -9,6 +9,7 @@ Each has a plain twin in :mod:`pvt_mm.ops` with the same result.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,8 +22,17 @@ from torch.autograd.function import once_differentiable
 #: below the size from which the C library gives memory back to the system at once.
 PIECE = 2**20
 
+#: The same in backward passes, which hold about twice as many buffers at a time.
+BACKWARD_PIECE = 2**19
+
 #: Hidden channels that go through the depth-wise convolution together.
 BLOCK = 128
+
+#: Scores below this are raised to powers without taking their maximum off first: neither a power
+#: nor a sum of powers leaves fp32's or bf16's range of 2**-126 to 2**127.
+MAX_POWER = 100.0
+
+LOG2_E = math.log2(math.e)
 
 Layer = tuple[Tensor, Tensor]
 
@@ -75,12 +85,40 @@ def weight_grad(grad: Tensor, x: Tensor) -> Tensor:
     Shape:
         grad: (N, out); x: (N, in) -> (out, in).
     """
+    if grad.shape[1] * x.shape[1] > 1024 * len(x):  # few tokens for a large weight
+        return product(grad.t().contiguous(), x.t().contiguous())
     weight = x.new_empty(grad.shape[1], x.shape[1], 1, 1)
     grads = torch.ops.aten.convolution_backward(
         _image(grad), _image(x), weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1,
         [False, True, False],
     )  # fmt: skip
     return grads[1].reshape(weight.shape[:2])
+
+
+class LinearFunction(torch.autograd.Function):
+    """:func:`pvt_mm.ops.linear` with its backward pass in oneDNN too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+        """Project in ``dtype``."""
+        x = x.to(dtype)
+        ctx.save_for_backward(x, weight)
+        return product(x, weight.to(dtype), bias.to(dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Send the gradient to the tokens, weight and bias that need it."""
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        grad = grad.to(x.dtype).contiguous()
+        rows = grad.flatten(0, -2)
+        return (
+            product(grad, weight.to(x.dtype).t().contiguous()) if needs_x else None,
+            weight_grad(rows, x.flatten(0, -2)) if needs_weight else None,
+            rows.sum(0) if needs_bias else None,
+            None,
+        )
 
 
 def _pieces(length: int, size: int) -> Iterator[slice]:
@@ -128,7 +166,7 @@ def _mlp_of_image(
     for rows in _pieces(height, PIECE // (block * width)):
         top = max(rows.start - 1, 0)
         band = image[top : rows.stop + 1].to(out.dtype)
-        total = None
+        total: Any = None
         for channels, weight in zip(blocks, last):
             x = product(band, fc1[0][channels], fc1[1][channels])  # (h, W, block)
             if relu:
@@ -162,7 +200,7 @@ def _depthwise_gelu(x: Tensor, dwconv: Layer) -> Tensor:
 
 
 class MlpFunction(torch.autograd.Function):
-    """:func:`pvt_mm.ops.mlp` that keeps only its input, a block of hidden channels at a time."""
+    """:func:`pvt_mm.ops.mlp` that keeps only its input."""
 
     @staticmethod
     def forward(
@@ -180,47 +218,58 @@ class MlpFunction(torch.autograd.Function):
         """Run the perceptron in ``dtype``."""
         ctx.relu, ctx.dtype = relu, dtype
         ctx.save_for_backward(x, weight1, bias1, weight2, bias2, dw_weight, dw_bias)
-        dwconv = None if dw_weight is None else (dw_weight, dw_bias)
+        dwconv: Any = None if dw_weight is None else (dw_weight, dw_bias)
         return mlp(x, (weight1, bias1), (weight2, bias2), dwconv, relu, dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Make each block of hidden channels again and send the gradient through it."""
+        """Make each part of the hidden layer again and send the gradient through it."""
         x, weight1, bias1, weight2, bias2, dw_weight, dw_bias = ctx.saved_tensors
+        shape = x.shape
         x, grad = x.to(ctx.dtype), grad.to(ctx.dtype).contiguous()
-        tokens, grad_rows = x.flatten(0, 2), grad.flatten(0, 2)
-        grad_x = None
-        grads = [None if t is None else torch.empty_like(t) for t in ctx.saved_tensors[1:]]
+        if dw_weight is None:  # tokens do not meet, so that any of them make a part
+            x, grad = (t.reshape(1, 1, -1, shape[-1]) for t in (x, grad))
+        grad_x = torch.empty_like(x)
+        grads: list[Any] = [
+            None if t is None else torch.empty_like(t) for t in ctx.saved_tensors[1:]
+        ]
         grad1, grad_bias1, grad2, grad_bias2, grad_dw, grad_dw_bias = grads
-        grad_bias2.copy_(grad_rows.sum(0))
-        for channels in hidden_blocks(x, len(weight1)):
+        grad_bias2.copy_(grad.flatten(0, 2).sum(0))
+        depthwise, hidden = dw_weight is not None, len(weight1)
+        whole = slice(None)
+        column_parts = _pieces(x.shape[2], BACKWARD_PIECE // hidden)
+        for channels in _channel_parts(x, hidden) if depthwise else [whole]:
             layers = _block_layers(ctx.saved_tensors, channels, x.dtype)
-            first, convolved_, activated = _hidden(x, layers, ctx.relu)
-            grad2[:, channels] = weight_grad(grad_rows, activated.flatten(0, 2))
-            del activated
-            grad_h = product(grad, layers[2].t().contiguous())  # of the activated layer
-            grad_h = torch.ops.aten.gelu_backward(grad_h, convolved_)
-            if layers[3] is not None:
-                grad_h, grad_dw[channels], grad_dw_bias[channels] = _depthwise_grads(
-                    grad_h, first, layers[3]
-                )
-            if ctx.relu:
-                grad_h = torch.ops.aten.threshold_backward(grad_h, first, 0)
-            del first, convolved_
-            rows = grad_h.flatten(0, 2)
-            grad1[channels] = weight_grad(rows, tokens)
-            grad_bias1[channels] = rows.sum(0)
-            part = product(grad_h, layers[0].t().contiguous())
-            grad_x = part if grad_x is None else grad_x.add_(part)
-        return grad_x, grad1, grad_bias1, grad2, grad_bias2, grad_dw, grad_dw_bias, None, None
+            weight1_t, weight2_t = layers[0].t().contiguous(), layers[2].t().contiguous()
+            sums: Any = None
+            for columns in [whole] if depthwise else column_parts:
+                part, grad_part = x[:, :, columns], grad[:, :, columns]
+                first, middle, last = _hidden(part, layers, ctx.relu)
+                grad_weight2 = weight_grad(grad_part.flatten(0, 2), last.flatten(0, 2))
+                del last
+                grad_h = torch.ops.aten.gelu_backward(product(grad_part, weight2_t), middle)
+                if depthwise:
+                    grad_h, grad_dw[channels], grad_dw_bias[channels] = _depthwise_grads(
+                        grad_h, first, layers[3]
+                    )
+                if ctx.relu:
+                    grad_h = torch.ops.aten.threshold_backward(grad_h, first, 0)
+                del first, middle
+                rows = grad_h.flatten(0, 2)
+                new = weight_grad(rows, part.flatten(0, 2)), rows.sum(0), grad_weight2
+                sums = new if sums is None else [a.add_(b) for a, b in zip(sums, new)]
+                part = product(grad_h, weight1_t)
+                if channels.start:  # not the first channels: 0 or, where not cut, None
+                    part = part.add_(grad_x[:, :, columns])
+                grad_x[:, :, columns] = part
+            grad1[channels], grad_bias1[channels], grad2[:, channels] = sums
+        return grad_x.view(shape), *grads, None, None
 
 
-def hidden_blocks(x: Tensor, hidden: int) -> list[slice]:
-    """Cut hidden channels so that a block's activations fill about one piece."""
-    tokens = x.numel() // x.shape[-1]
-    size = max(PIECE // tokens // 64 * 64, 64)
-    return list(_pieces(hidden, size))
+def _channel_parts(x: Tensor, hidden: int) -> Iterator[slice]:
+    """Cut hidden channels into about a piece each; the convolution needs each one whole."""
+    return _pieces(hidden, max(BACKWARD_PIECE // (x.numel() // x.shape[-1]) // 64 * 64, 64))
 
 
 def _block_layers(saved: tuple, channels: slice, dtype: torch.dtype) -> tuple:
@@ -257,18 +306,41 @@ def _depthwise_grads(grad: Tensor, x: Tensor, dwconv: Layer) -> tuple[Tensor, Te
 # Attention
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
+def attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int, out: Tensor) -> Tensor:
     """Run :func:`pvt_mm.ops.attention` without autograd, some queries of one head at a time.
 
+    Args:
+        query: Projected queries.
+        key: Projected keys.
+        value: Projected values.
+        num_heads: Heads that C is split into.
+        out: Takes the result; may be ``query`` itself, which saves its memory.
+
     Shape:
-        query: (B, N, C); key and value: (B, M, C) -> (B, N, C).
+        query, out: (B, N, C); key and value: (B, M, C) -> (B, N, C).
     """
-    out = torch.empty_like(query)
     for q, k, v, o in _heads(num_heads, query, key, value, out):
-        k, v = (k * k.shape[1] ** -0.5), v.t().contiguous()  # (M, d), (d, M)
+        k = k * (k.shape[1] ** -0.5 * LOG2_E)  # (M, d); scores then are powers of two
+        v = v.t().contiguous()  # (d, M)
+        bound = _longest(q) * _longest(k)  # of every score, by Cauchy and Schwarz
         for rows in _pieces(len(q), PIECE // len(k)):
-            o[rows] = product(product(q[rows].contiguous(), k).softmax(-1), v)
+            scores = product(q[rows].contiguous(), k)  # (n, M)
+            if bound < MAX_POWER:  # not so for NaN
+                weights = scores.exp2_()
+                total = weights.sum(-1, keepdim=True, dtype=_wide(q))
+                o[rows] = product(weights, v).div_(total)
+            else:
+                o[rows] = product(scores.mul_(1 / LOG2_E).softmax(-1), v)
     return out
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """The dtype of long sums: fp32 for bf16."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _longest(vectors: Tensor) -> float:
+    return float(torch.linalg.vector_norm(vectors, dim=-1, dtype=_wide(vectors)).amax())
 
 
 def _heads(num_heads: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -287,7 +359,7 @@ class AttentionFunction(torch.autograd.Function):
         """Attend, and keep only the inputs."""
         ctx.num_heads = num_heads
         ctx.save_for_backward(query, key, value)
-        return attention(query, key, value, num_heads)
+        return attention(query, key, value, num_heads, torch.empty_like(query))
 
     @staticmethod
     @once_differentiable
@@ -299,9 +371,8 @@ class AttentionFunction(torch.autograd.Function):
             scale = k.shape[1] ** -0.5
             k, v = k * scale, v.contiguous()  # (M, d)
             k_t = k.t().contiguous()  # (d, M)
-            sum_k = torch.zeros(k.shape, dtype=torch.float32 if k.dtype == torch.bfloat16 else k.dtype)
-            sum_v = torch.zeros_like(sum_k)
-            for rows in _pieces(len(q), PIECE // len(k)):
+            sum_k, sum_v = (k.new_zeros(k.shape, dtype=_wide(k)) for _ in range(2))
+            for rows in _pieces(len(q), BACKWARD_PIECE // len(k)):
                 queries, grad_rows = q[rows].contiguous(), g[rows].contiguous()
                 weights = product(queries, k).softmax(-1)  # (n, M)
                 sum_v += weight_grad(weights, grad_rows)

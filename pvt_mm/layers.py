@@ -6,6 +6,7 @@ Names of parameters are those of the reference implementation's checkpoints, lea
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -90,7 +91,7 @@ class PatchEmbed(nn.Module):
         overlap: Take patches of 2 stride - 1 pixels with zero padding instead of stride pixels.
 
     Shape:
-        x: (B, in_channels, H, W) -> (B, H', W', dim), with H' = H // stride, or
+        x: (B, H, W, in_channels) -> (B, H', W', dim), with H' = H // stride, or
         ceil(H / stride) where patches overlap.
     """
 
@@ -98,11 +99,10 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.stride = stride
         self.overlap = overlap
-        if overlap:
-            kernel = 2 * stride - 1
-            self.proj: nn.Conv2d = FanOutConv2d(in_channels, dim, kernel, stride, kernel // 2)
-        else:
-            self.proj = nn.Conv2d(in_channels, dim, stride, stride)
+        kernel = 2 * stride - 1 if overlap else stride
+        self.padding = kernel // 2 if overlap else 0
+        conv = FanOutConv2d if overlap else nn.Conv2d
+        self.proj = conv(in_channels, dim, kernel, stride, self.padding)
         self.norm = nn.LayerNorm(dim)
 
     def grid_side(self, side: int) -> int:
@@ -111,8 +111,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed the patches."""
-        x = self.proj(x)  # (B, dim, H', W')
-        return self.norm(x.permute(0, 2, 3, 1))  # (B, H', W', dim)
+        x = ops.convolution(x, self.proj.weight, self.proj.bias, self.stride, self.padding)
+        return self.norm(x)  # (B, H', W', dim)
 
 
 class SpatialReductionAttention(nn.Module):
@@ -161,7 +161,7 @@ class SpatialReductionAttention(nn.Module):
             return
         conv = FanOutConv2d if fan_out_init else nn.Conv2d
         if sr_mode == 'conv':
-            self.sr: nn.Module = conv(dim, dim, sr_ratio, sr_ratio)
+            self.sr: Any = conv(dim, dim, sr_ratio, sr_ratio)
         elif sr_mode == 'linear':
             self.sr = conv(dim, dim, 1)
         else:
@@ -181,14 +181,22 @@ class SpatialReductionAttention(nn.Module):
         """
         if not self.reduces:
             return x
-        image = x.permute(0, 3, 1, 2)  # (B, dim, H, W), channels-last
+        if self.sr_mode != 'conv':
+            image = x.permute(0, 3, 1, 2)  # (B, dim, H, W), channels-last
+            x = self._pool(image).permute(0, 2, 3, 1)  # (B, H', W', dim)
         if self.sr_mode in ('avg', 'max'):
-            pool = F.avg_pool2d if self.sr_mode == 'avg' else F.max_pool2d
-            return self.norm(self.sr(pool(image, self.sr_ratio).permute(0, 2, 3, 1)))
-        if self.sr_mode == 'linear':
-            image = F.adaptive_avg_pool2d(image, LINEAR_GRID)
-        x = self.norm(self.sr(image).permute(0, 2, 3, 1))
+            x = ops.linear(x, self.sr.weight, self.sr.bias)
+        else:
+            stride = self.sr_ratio if self.sr_mode == 'conv' else 1
+            x = ops.convolution(x, self.sr.weight, self.sr.bias, stride)
+        x = self.norm(x)
         return F.gelu(x) if self.sr_mode == 'linear' else x
+
+    def _pool(self, image: Tensor) -> Tensor:
+        if self.sr_mode == 'linear':
+            return F.adaptive_avg_pool2d(image, LINEAR_GRID)
+        pool = F.avg_pool2d if self.sr_mode == 'avg' else F.max_pool2d
+        return pool(image, self.sr_ratio)
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend from every token to the coarser grid."""
@@ -276,5 +284,5 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Run both branches."""
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = ops.add_to(self.drop_path(self.attn(self.norm1(x))), x)
+        return ops.add_to(self.drop_path(self.mlp(self.norm2(x))), x)

@@ -1,7 +1,7 @@
 """The hot operations of PVT as plain functions on tensors: linear, mlp, attention.
 
-Each picks one of two roads by a static rule, :func:`on_cpu_kernels`: the kernels of
-:mod:`pvt_mm.kernels`, or the plain form beside it, which is what GPUs, compilers and other dtypes get.
+Each takes one of two roads by a static rule, :func:`on_cpu_kernels`: the kernels of
+:mod:`pvt_mm.kernels`, or PyTorch's plain operations, as GPUs, compilers and other dtypes do.
 
 Tokens are (B, H, W, C). A channels-last image is a view of such tokens, so that convolutions on
 them need no transpose.
@@ -17,9 +17,6 @@ from . import kernels
 
 Layer = tuple[Tensor, Tensor]
 
-#: Rows from which a convolution's backward pass beats that of a plain product.
-CONVOLUTION_ROWS = 256
-
 #: Queries x keys from which attention in pieces beats PyTorch's fused one.
 PIECED_SCORES = 2**17
 
@@ -31,7 +28,7 @@ def on_cpu_kernels(x: Tensor) -> bool:
         and x.device.type == 'cpu'
         and compute_dtype(x) in (torch.float32, torch.bfloat16)
         and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
     )
 
 
@@ -49,12 +46,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     if not on_cpu_kernels(x):
         return F.linear(x, weight, bias)
-    if not needs_grad(x, weight):
-        dtype = compute_dtype(x)
-        return kernels.product(x.to(dtype), weight.to(dtype), bias.to(dtype))
-    if x.numel() // x.shape[-1] < CONVOLUTION_ROWS:
-        return F.linear(x, weight, bias)
-    return kernels.convolved(x, weight, bias)
+    dtype = compute_dtype(x)
+    if needs_grad(x, weight, bias):
+        return kernels.LinearFunction.apply(x, weight, bias, dtype)
+    return kernels.product(x.to(dtype), weight.to(dtype), bias.to(dtype))
 
 
 def mlp(
@@ -83,7 +78,7 @@ def mlp(
     if drop_rate or not on_cpu_kernels(x):
         return plain_mlp(x, fc1, fc2, dwconv, relu, drop_rate)
     dtype = compute_dtype(x)
-    if not needs_grad(x, fc1[0]):
+    if not needs_grad(x, *fc1, *fc2, *(dwconv or ())):
         return kernels.mlp(x, fc1, fc2, dwconv, relu, dtype)
     return kernels.MlpFunction.apply(x, *fc1, *fc2, *(dwconv or (None, None)), relu, dtype)
 
@@ -117,6 +112,7 @@ def attention(
 ) -> Tensor:
     """Attend with several heads, without writing the query x key matrix where that can be had.
 
+    Without autograd the result may take the place of the queries, which are not to be used again.
     Paper: `PVT <https://arxiv.org/abs/2102.12122>`_, Sec. 3.3, eq. 4.
 
     Args:
@@ -133,7 +129,7 @@ def attention(
     if drop_rate or not on_cpu_kernels(query) or scores < PIECED_SCORES:
         return plain_attention(query, key, value, num_heads, drop_rate)
     if not needs_grad(query, key, value):
-        return kernels.attention(query, key, value, num_heads)
+        return kernels.attention(query, key, value, num_heads, out=query)
     return kernels.AttentionFunction.apply(query, key, value, num_heads)
 
 
@@ -144,6 +140,32 @@ def plain_attention(
     q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (query, key, value))
     out = F.scaled_dot_product_attention(q, k, v, dropout_p=drop_rate)  # (B, heads, N, C/heads)
     return out.transpose(1, 2).flatten(2)
+
+
+def convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int = 0
+) -> Tensor:
+    """Convolve tokens with a strided kernel.
+
+    Shape:
+        x: (B, H, W, in) -> (B, H', W', out); weight: (out, in, k, k); bias: (out,).
+    """
+    if on_cpu_kernels(x):
+        # oneDNN's own reordering of a plain weight takes longer than the convolution at 224 x 224.
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    image = x.permute(0, 3, 1, 2)  # (B, in, H, W), channels-last
+    return F.conv2d(image, weight, bias, stride, padding).permute(0, 2, 3, 1)
+
+
+def add_to(branch: Tensor, x: Tensor) -> Tensor:
+    """Add ``x`` to ``branch``, in its place where nobody can see it: outside of autograd.
+
+    Shape:
+        branch: (B, H, W, C); x: the same or (1, H, W, C) -> (B, H, W, C).
+    """
+    if is_tracing() or branch.dtype != x.dtype or needs_grad(branch, x):
+        return x + branch
+    return branch.add_(x)
 
 
 def resize_grid(grid: Tensor, height: int, width: int) -> Tensor:
@@ -164,7 +186,7 @@ def needs_grad(*tensors: Tensor) -> bool:
 
 def is_tracing() -> bool:
     """Whether torch.compile or torch.export is recording, so that sizes must stay symbolic."""
-    return _is_compiling()
+    return bool(_is_compiling())
 
 
 def is_autocast(device_type: str) -> bool:
@@ -172,7 +194,8 @@ def is_autocast(device_type: str) -> bool:
     try:
         return torch.is_autocast_enabled(device_type)
     except TypeError:  # PyTorch < 2.4
-        return torch.is_autocast_cpu_enabled() if device_type == 'cpu' else torch.is_autocast_enabled()
+        cpu = device_type == 'cpu'
+        return torch.is_autocast_cpu_enabled() if cpu else torch.is_autocast_enabled()
 
 
 def _autocast_dtype(device_type: str) -> torch.dtype:

@@ -43,7 +43,7 @@ class Stage(nn.Module):
         with_cp: Recompute each block's activations in the backward pass to save memory.
 
     Shape:
-        x: (B, C, H, W) -> (B, H', W', dim), as ``patch_embed`` gives.
+        x: (B, H, W, C) -> (B, H', W', dim), as ``patch_embed`` gives.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Stage(nn.Module):
         # While tracing, a comparison would pin the sizes; resizing to one's own size is no change.
         if ops.is_tracing() or (height, width) != tuple(pos_embed.shape[1:3]):
             pos_embed = ops.resize_grid(pos_embed, height, width)
-        return F.dropout(x + pos_embed, self.drop_rate, self.training)
+        return F.dropout(ops.add_to(x, pos_embed), self.drop_rate, self.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """Make the tokens and run the blocks."""
@@ -215,11 +215,12 @@ class PyramidBackbone(BaseModule):
         """
         self._check_image(x)
         outs = []
+        x = x.permute(0, 2, 3, 1)  # (B, H, W, C), and so from stage to stage
         for i, stage in enumerate(self.stages):
-            x = stage(x).permute(0, 3, 1, 2)  # (B, C, H, W), a channels-last view of the tokens
+            x = stage(x)
             if i in self.out_indices:
                 # mmcv's RoIAlign and deformable convolutions read memory as plain NCHW.
-                outs.append(x.contiguous())
+                outs.append(x.permute(0, 3, 1, 2).contiguous())
         return tuple(outs)
 
     def _check_image(self, x: Tensor) -> None:

@@ -16,9 +16,9 @@ few = settings(max_examples=25, deadline=None)
 def small_pieces(monkeypatch):
     """Pieces of a few rows, so that small tensors are cut as large ones are."""
     monkeypatch.setattr(kernels, 'PIECE', 2**9)
+    monkeypatch.setattr(kernels, 'BACKWARD_PIECE', 2**9)
     monkeypatch.setattr(kernels, 'BLOCK', 16)
     monkeypatch.setattr(ops, 'PIECED_SCORES', 1)
-    monkeypatch.setattr(ops, 'CONVOLUTION_ROWS', 1)
 
 
 def draw(*shape, seed, dtype=torch.float32, grad=False):
@@ -128,13 +128,17 @@ def attention_inputs(seed, batch, queries, keys, heads, dim, **kwargs):
 
 
 @few
-@given(attentions, st.sampled_from([1.0, 30.0]))
+@given(attentions, st.sampled_from([0.0, 1.0, 30.0, 1e4]))
 def test_attention_in_pieces_is_the_plain_one(shape, sharpness):
-    """Also where the weights are nearly one-hot."""
+    """Also where all weights are equal, nearly one-hot, or scores beyond the powers of fp32."""
     query, both = attention_inputs(**shape)
     query = query * sharpness
-    args = (query, *both.chunk(2, -1), shape['heads'])
-    close(ops.attention(*args), ops.plain_attention(*args), 3e-5)
+    key, value = both.chunk(2, -1)
+    plain = ops.plain_attention(query, key, value, shape['heads'])
+    exact = ops.plain_attention(query.double(), key.double(), value.double(), shape['heads'])
+    # Sharp scores lose digits in the plain form too.
+    tolerance = 3e-5 + 3 * (plain - exact).abs().max().item()
+    close(ops.attention(query, key, value, shape['heads']), exact.float(), tolerance)
 
 
 @few

@@ -15,7 +15,8 @@ import torch
 from pycocotools import mask as coco_mask
 from reference import REPO, small
 
-from pvt_mm import ops
+from pvt_mm import _install, ops
+from pvt_mm.cli import main_errors
 
 TASKS = ('det', 'ins', 'seg')
 DATA = {'det': 'coco', 'ins': 'coco', 'seg': 'ade'}
@@ -309,3 +310,69 @@ def test_bare_data_root_option_is_routed(failing, tmp_path):
         'data_root=/nowhere',
     )
     assert '/nowhere/annotations/instances_train2017.json' in message
+
+
+@pytest.mark.parametrize('tool', ['train', 'test', 'infer'])
+def test_a_bundled_config_is_found_by_a_part_of_its_name(failing, tool):
+    """From any folder, and without its ending, a name leads to the configs that come near it."""
+    more = {'train': [], 'test': ['x.pth'], 'infer': ['x.pth', 'x.jpg']}[tool]
+    message = failing(tool, 'retinanet_pvt_s_1x', *more)
+    assert 'no config retinanet_pvt_s_1x; did you mean ' in message
+    assert str(REPO / 'configs/retinanet_pvt_s_fpn_1x_coco.py') in message
+
+
+@pytest.mark.parametrize(
+    ('version', 'says'),
+    [
+        ('3.3.0', 'check the name, or if another package has it, name that in custom_imports'),
+        ('3.0.0', 'the configs of pvt_mm are made for mmdet==3.3.0: pip install mmdet==3.3.0'),
+    ],
+)
+def test_a_head_that_mmdet_lacks_is_named_with_the_version_that_has_it(
+    failing, small_config, demo_data, monkeypatch, version, says
+):
+    import mmdet
+
+    monkeypatch.setattr(mmdet, '__version__', version)
+    monkeypatch.setattr(_install, '_is_onedl', lambda: False)
+    config = small_config('det', 'model["bbox_head"]["type"] = "NewHead"')
+    message = failing('train', config, '--data-root', demo_data / 'coco')
+    assert f'mmdet {version}, which is installed, has no NewHead; {says}' in message
+
+
+def test_pins_are_those_of_the_files():
+    """What a message tells to install is what requirements/ pins."""
+    for stack, pins in _install._PINS.items():
+        lines = (REPO / 'requirements' / f'{stack}.txt').read_text().splitlines()
+        assert set(pins.values()) <= set(lines)
+
+
+def test_a_missing_import_of_pvt_mm_is_named(capsys):
+    """A config that uses PVT and does not import it, where nothing else has."""
+
+    @main_errors
+    def main():
+        raise KeyError('PVT is not in the mmdet::model registry. Please check ...')
+
+    with pytest.raises(SystemExit):
+        main()
+    assert "add custom_imports = dict(imports=['pvt_mm']" in capsys.readouterr().err
+
+
+def test_other_key_errors_keep_their_traceback():
+    """A bug is not dressed up as bad input."""
+
+    @main_errors
+    def main():
+        raise KeyError('loss')
+
+    with pytest.raises(KeyError):
+        main()
+
+
+def test_an_unknown_arch_lists_those_that_exist(failing, small_config, demo_data):
+    extra = 'model["backbone"]["arch"] = "smal"'
+    message = failing('train', small_config('det', extra), '--data-root', demo_data / 'coco')
+    assert message == (
+        "error: There is no arch 'smal'; choose one of tiny, small, medium, large."
+    )

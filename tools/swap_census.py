@@ -1,0 +1,677 @@
+"""Swaps a PVT into every config of the installed mmdet and mmseg, and counts what came of it.
+
+Each config is loaded, swapped, written, and read back. Each distinct model is then built once with
+random weights, and the loss of two small images is carried back to PVT's first convolution. Nothing
+is downloaded. What is done is kept, so a run that was stopped goes on where it was.
+
+Example:
+    python tools/swap_census.py --markdown docs/swap_census.md
+"""
+
+import argparse
+import contextlib
+import copy
+import hashlib
+import json
+import os
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+from mmengine.registry import DefaultScope
+from mmengine.structures import InstanceData, PixelData
+from torch import nn
+
+from pvt_mm import cli, runtime, swap
+
+CODEBASES = ('mmdet', 'mmseg')
+BACKBONE = dict(type='PVTv2', arch='b0')
+SIDE, LARGE_SIDE = 128, 384
+BATCH = 8  # configs a task
+
+FAMILIES = {
+    **dict.fromkeys(('ResNet', 'ResNetV1c', 'ResNetV1d'), 'ResNet'),
+    **{name: name for name in ('ResNeXt', 'RegNet', 'Res2Net', 'ResNeSt')},
+    'SwinTransformer': 'Swin',
+    **dict.fromkeys(('PyramidVisionTransformer', 'PyramidVisionTransformerV2'), 'PVT'),
+    'MixVisionTransformer': 'MiT',
+    **dict.fromkeys(('PCPVT', 'SVT'), 'Twins'),
+}
+#: What mmcv has for CUDA alone says so; the backbone and neck of such models run by themselves.
+NO_CPU_KERNEL = ('implementation for device cpu not found', 'is not implemented on CPU')
+#: Deformable convolutions on the last level; the queries that DINO picks among an image's tokens.
+TOO_SMALL = ('input image is smaller than kernel', 'selected index k out of range')
+
+CARRIED = 'gradient'
+LOSS, FEATURES = 'loss', 'backbone and neck'
+CRITERIA = {
+    LOSS: 'a gradient from the loss',
+    FEATURES: 'a gradient from the neck alone: mmcv has an operation of the head for CUDA only',
+}
+
+PAGE = """# Census of swaps
+
+`python tools/swap_census.py --force --markdown docs/swap_census.md` made this page. It took every
+config of the installed mmdet and mmseg (`_base_` left out) and swapped PVTv2-B0 for its backbone;
+dilated backbones, whose levels get coarser, were swapped with `--allow-stride-change` and are
+counted apart. Each swapped config was written and read back to the same.
+
+Each distinct model was then built once with random weights, on the CPU, since the forward needs
+real ones, and run on two images of {side} x {side} pixels ({large} x {large} where it needs larger
+ones) with made-up boxes, masks and maps. It passes where its loss carries a finite gradient, not
+all zeros, to PVT's first convolution. {features}
+
+Trackers are run as the detector that they wrap, semi-supervised detectors as their student. The
+text encoder of GLIP and Grounding DINO, which would be downloaded, is stood in for by random
+features, GLIP's text layers by none. What failed was run with its own backbone as well; "as the
+original" means that this fails alike.
+
+{stack}. {models} distinct models, {minutes:.0f} minutes with {workers} processes.
+
+## The goal
+
+Of the **{total}** configs with a ResNet, ResNeXt, RegNet, Res2Net, ResNeSt, Swin, PVT, MiT or Twins
+backbone, **{done}** ({share:.1f}%) swap, build and carry a gradient: {plain} at the strides they
+had, {coarse} with coarser ones. The goal is 95%; refusals count against it.
+"""
+
+
+# One config
+
+
+def census_config(codebase: str, name: str) -> dict[str, Any]:
+    """Load, swap, write and read back a config; return its row."""
+    row: dict[str, Any] = dict(codebase=codebase, file=name, family='', stride_changed=False)
+    file = swap.configs_of(codebase) / name
+    try:
+        cfg = swap.load(file)
+    except runtime.UserError as error:
+        reason = str(error).rpartition(' does not load: ')[2]
+        folder = str(swap.configs_of(codebase))
+        return dict(row, outcome='does not load', reason=reason.replace(folder, ''))
+    row['family'] = family_of(cfg)
+    swapped = None
+    for allow in (False, True):
+        try:
+            swapped = swap.swap(cfg, BACKBONE, allow_stride_change=allow)
+            row['stride_changed'] = allow
+            break
+        except swap.SwapRefusedError as error:
+            reason = error.reason
+            if reason is not swap.Refusal.STRIDE:
+                break
+    if swapped is None:
+        return dict(row, outcome='refused', reason=reason.value)
+    if not reads_back(swapped):
+        return dict(row, outcome='failed', reason='reads back to another config')
+    model = bare(swapped.cfg.model.to_dict())
+    text = json.dumps(identity(model), sort_keys=True, default=repr)
+    key = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return dict(row, outcome='swapped', reason='', model=key)
+
+
+def family_of(cfg: Config) -> str:
+    """Name the family of a config's backbone; of another backbone, its type."""
+    model = cfg.get('model')
+    for node in cli._dicts(model if isinstance(model, dict) else {}):
+        backbone = node.get('backbone')
+        if isinstance(backbone, dict) and 'type' in backbone:
+            name = swap.type_name(backbone)
+            return FAMILIES.get(name, name)
+    return 'none'
+
+
+def reads_back(swapped: swap.Swapped) -> bool:
+    """Check that the written config loads to the same one; unformatted, which is quick."""
+    object.__setattr__(swapped.cfg, '_format_python_code', False)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / 'config.py'
+        swap.write(swapped, file, 'a config')
+        again = Config.fromfile(file, import_custom_modules=False)
+    return again._cfg_dict == swapped.cfg._cfg_dict
+
+
+def bare(node: Any) -> Any:
+    """Return a model without the weights that it would load."""
+    if isinstance(node, dict):
+        skipped = ('init_cfg', 'pretrained', 'teacher_ckpt', 'batch_augments')
+        return {key: bare(value) for key, value in node.items() if key not in skipped}
+    if isinstance(node, (list, tuple)):
+        return type(node)(bare(item) for item in node)
+    return node
+
+
+def identity(node: Any) -> Any:
+    """Return what makes two models the same here: all but testing and image statistics."""
+    if isinstance(node, dict):
+        skipped = ('test_cfg', 'data_preprocessor')
+        return {key: identity(value) for key, value in node.items() if key not in skipped}
+    if isinstance(node, (list, tuple)):
+        return [identity(item) for item in node]
+    return node
+
+
+def census_configs(codebase: str, names: list[str]) -> list[dict[str, Any]]:
+    """Do as :func:`census_config` for several configs, to save messages between processes."""
+    return [census_config(codebase, name) for name in names]
+
+
+# One model
+
+
+def check_model(row: dict[str, Any], criterion: str, side: int) -> None:
+    """Swap a config again, build its model and carry a gradient to PVT's first convolution.
+
+    Raises:
+        UserError: Where none, or one that is not finite or all zero, arrives.
+    """
+    cfg = swap.swap(
+        swap.configs_of(row['codebase']) / row['file'],
+        BACKBONE,
+        allow_stride_change=row['stride_changed'],
+    ).cfg
+    model = run(row['codebase'], bare(cfg.model.to_dict()), criterion, side)
+    stems = [
+        module.stages[0].patch_embed.proj.weight
+        for name, module in model.named_modules()
+        if type(module).__name__ in swap.ARCHS and not name.startswith('teacher')
+    ]
+    trained = [stem.grad for stem in stems if stem.requires_grad and stem.grad is not None]
+    if not trained:
+        raise runtime.UserError("no gradient reaches PVT's first convolution")
+    if not all(torch.isfinite(grad).all() and grad.abs().sum() > 0 for grad in trained):
+        raise runtime.UserError("the gradient at PVT's first convolution is zero or not finite")
+
+
+def check_original(row: dict[str, Any], criterion: str, side: int) -> None:
+    """Build and run the model of a config as it is, to see whether that fails too."""
+    cfg = swap.load(swap.configs_of(row['codebase']) / row['file'])
+    run(row['codebase'], bare(swap._plain(cfg.to_dict())['model']), criterion, side)
+
+
+def run(codebase: str, settings: dict[str, Any], criterion: str, side: int) -> Any:
+    """Build a model, carry its loss back and return it."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+    cfg = Config(dict(default_scope=codebase, model=copy.deepcopy(settings)))
+    runtime.setup(cfg)  # no SyncBN on a CPU
+    registry = import_module(f'{codebase}.registry').MODELS
+    with DefaultScope.overwrite_default_scope(codebase), beside_configs(codebase):
+        model = registry.build(cfg.model).train()
+        model.init_weights()
+        loss_of(codebase, model, settings, criterion, side).backward()
+    return model
+
+
+@contextlib.contextmanager
+def beside_configs(codebase: str) -> Iterator[None]:
+    """Work in a folder with a link ``configs``: some models name the config of a teacher so."""
+    before = Path.cwd()
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / 'configs').symlink_to(swap.configs_of(codebase))
+        os.chdir(folder)
+        try:
+            yield
+        finally:
+            os.chdir(before)
+
+
+def loss_of(
+    codebase: str, model: Any, settings: dict[str, Any], criterion: str, side: int
+) -> torch.Tensor:
+    """Return the summed losses of two made-up images, or the summed features of the neck."""
+    for part in ('detector', 'student'):  # trackers and semi-supervised detectors
+        if hasattr(model, part):
+            model = getattr(model, part)
+            settings = settings.get('detector', settings)
+            break
+    images = torch.rand(2, 3, side, side) * 4 - 2
+    if criterion == FEATURES:
+        features = model.extract_feat(images)
+        return sum(feature.square().mean() for feature in features)
+    samples = (
+        segmentation_samples(settings, side)
+        if codebase == 'mmseg'
+        else detection_samples(settings, side)
+    )
+    if swap.type_name(settings) == 'Mask2FormerVideo':
+        images, samples = video(images, samples)
+    if swap.type_name(settings) == 'BoxInst':  # its preprocessor makes the targets
+        raw = [(image * 50 + 120).clamp(0, 255).byte() for image in images]
+        data = model.data_preprocessor(dict(inputs=raw, data_samples=samples), True)
+        images, samples = data['inputs'], data['data_samples']
+    losses = model.loss(images, samples)
+    losses = losses[0] if isinstance(losses, tuple) else losses
+    total, _ = model.parse_losses(losses)
+    return total
+
+
+def classes_of(settings: dict[str, Any]) -> int:
+    """Return how many classes every head of a model has at least."""
+    counts = [
+        node[key]
+        for node in cli._dicts(settings)
+        for key in ('num_classes', 'num_things_classes')
+        if isinstance(node.get(key), int) and node[key] > 0
+    ]
+    return min(counts, default=1)
+
+
+def segmentation_samples(settings: dict[str, Any], side: int) -> list[Any]:
+    """Make the targets of two images: random classes in blocks."""
+    from mmseg.structures import SegDataSample
+
+    samples = []
+    for _ in range(2):
+        blocks = torch.randint(0, min(classes_of(settings), 8), (1, 8, 8))
+        labels = blocks.repeat_interleave(side // 8, 1).repeat_interleave(side // 8, 2)
+        sample = SegDataSample(metainfo=metainfo(side))
+        sample.gt_sem_seg = PixelData(data=labels)
+        samples.append(sample)
+    return samples
+
+
+def metainfo(side: int) -> dict[str, Any]:
+    """Describe an image that was neither resized nor padded."""
+    shape = (side, side)
+    return dict(
+        img_id=0,
+        img_path='',
+        img_shape=shape,
+        ori_shape=shape,
+        pad_shape=shape,
+        batch_input_shape=shape,
+        scale_factor=(1.0, 1.0),
+        flip=False,
+    )
+
+
+def detection_samples(settings: dict[str, Any], side: int) -> list[Any]:
+    """Make the targets of two images: two boxes with masks, a map, proposals and a text."""
+    from mmdet.structures import DetDataSample
+    from mmdet.structures.bbox import HorizontalBoxes
+    from mmdet.structures.mask import BitmapMasks
+
+    boxes = torch.tensor([[0.08, 0.05, 0.6, 0.55], [0.3, 0.25, 0.95, 0.9]]) * side
+    samples = []
+    for _ in range(2):
+        sample = DetDataSample(metainfo=metainfo(side))
+        labels = torch.arange(2) % classes_of(settings)
+        masks = np.zeros((2, side, side), np.uint8)
+        for mask, box in zip(masks, boxes.round().int().tolist()):
+            mask[box[1] : box[3], box[0] : box[2]] = 1
+        use_boxes = HorizontalBoxes(boxes.clone()) if settings.get('type') == 'BoxInst' else boxes
+        sample.gt_instances = InstanceData(
+            bboxes=use_boxes, labels=labels, masks=BitmapMasks(masks, side, side)
+        )
+        sample.ignored_instances = InstanceData(bboxes=torch.zeros(0, 4), labels=labels[:0])
+        sample.proposals = InstanceData(bboxes=boxes + 2, scores=torch.tensor([0.9, 0.8]))
+        sample.gt_sem_seg = PixelData(sem_seg=semantic_map(settings, masks, labels))
+        sample.set_metainfo(dict(text=('zero', 'one')))
+        samples.append(sample)
+    return samples
+
+
+def semantic_map(settings: dict[str, Any], masks: np.ndarray, labels: torch.Tensor) -> torch.Tensor:
+    """Paint a map of classes, at an eighth of the size for HTC and SCNet, whose data has it so."""
+    painted = torch.zeros(1, *masks.shape[1:], dtype=torch.long)
+    for mask, label in zip(masks, labels):
+        painted[0, torch.from_numpy(mask).bool()] = label
+    reduced = 8 if (settings.get('roi_head') or {}).get('semantic_head') else 1
+    return painted[:, ::reduced, ::reduced]
+
+
+def video(images: torch.Tensor, samples: list[Any]) -> tuple[torch.Tensor, list[Any]]:
+    """Make one video of two frames of two images."""
+    from mmdet.structures import TrackDataSample
+
+    for sample in samples:
+        sample.gt_instances.instances_ids = torch.arange(2)
+    video = TrackDataSample(video_data_samples=samples)
+    video.set_metainfo(dict(key_frames_inds=[0], ref_frames_inds=[1]))
+    return images[None], [video]
+
+
+class Characters:
+    """Stands in for a tokenizer: a token a character, after one that begins the text."""
+
+    def __call__(self, texts: list[str], **kwargs: Any) -> 'Characters':
+        """Tokenize texts, all alike here."""
+        self.input_ids = torch.tensor([[0, *map(ord, texts[0])]])
+        return self
+
+    def char_to_token(self, position: int) -> int:
+        """Return the token of a character."""
+        return position + 1
+
+
+class TextFeatures(nn.Module):
+    """Stands in for BERT: random features, so that nothing is downloaded."""
+
+    def __init__(
+        self,
+        name: str = '',
+        max_tokens: int = 256,
+        pad_to_max: bool = True,
+        use_sub_sentence_represent: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        self.tokenizer = Characters()
+        self.max_tokens = max_tokens
+        self.pad_to_max = pad_to_max
+        self.has_square_mask = use_sub_sentence_represent
+        self.language_backbone = nn.Module()
+        self.language_backbone.body = nn.Module()
+        self.language_backbone.body.language_dim = 768  # type: ignore[assignment]
+
+    def forward(self, captions: list[str], **kwargs: Any) -> dict[str, torch.Tensor]:
+        """Return what mmdet's BertModel returns."""
+        used = max(map(len, captions)) + 1
+        length = self.max_tokens if self.pad_to_max else used
+        features = torch.randn(len(captions), length, 768)
+        visible = (torch.arange(length) < used).expand(len(captions), -1)
+        square = visible[:, None].expand(-1, length, -1)
+        return dict(
+            embedded=features,
+            hidden=features,
+            masks=square if self.has_square_mask else visible.long(),
+            position_ids=torch.arange(length).expand(len(captions), -1),
+            text_token_mask=visible,
+        )
+
+
+class TextLayer(nn.Identity):
+    """Stands in for the text layers of GLIP's head, which not every transformers can build."""
+
+
+class TextConfig:
+    """Stands in for BERT's configuration, which would be downloaded as well."""
+
+    hidden_size = 768
+
+    @classmethod
+    def from_pretrained(cls, name: str) -> 'TextConfig':
+        """Return this one, whatever the name."""
+        return cls()
+
+
+def stand_in_for_text() -> None:
+    """Put stand-ins in the place of BERT and of what is made from it."""
+    import_module('mmdet.registry').MODELS.register_module(
+        name='BertModel', module=TextFeatures, force=True
+    )
+    head: Any = import_module('mmdet.models.dense_heads.atss_vlfusion_head')
+    head.BertConfig, head.BertEncoderLayer = TextConfig, TextLayer
+
+
+# All of them
+
+
+def start_worker() -> None:
+    """Prepare a process: one thread, quiet, no text encoder, no way to a model hub."""
+    os.environ['HF_HUB_OFFLINE'] = '1'
+    torch.set_num_threads(1)
+    warnings.filterwarnings('ignore')
+    MMLogger.get_instance('mmengine', log_level='ERROR')
+    for codebase in CODEBASES:
+        import_module(f'{codebase}.utils').register_all_modules(init_default_scope=False)
+    stand_in_for_text()
+
+
+class Results:
+    """What is done so far, on disc."""
+
+    def __init__(self, folder: Path, force: bool) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = folder / 'results.json'
+        digest = hashlib.sha256(Path(swap.__file__).read_bytes()).hexdigest()
+        self.data: dict[str, Any] = dict(digest=digest, rows={}, models={}, seconds=0.0, workers=2)
+        if self.file.is_file() and not force:
+            kept = json.loads(self.file.read_text())
+            models = {key: model for key, model in kept['models'].items() if not model['error']}
+            self.data.update(models=models, seconds=kept['seconds'])
+            if kept['digest'] == digest:
+                self.data['rows'] = kept['rows']
+
+    def save(self) -> None:
+        """Write everything; quick enough for a few thousand entries."""
+        part = self.file.with_suffix('.part')
+        part.write_text(json.dumps(self.data, default=repr))
+        part.replace(self.file)
+
+
+class Progress:
+    """Counts tasks, and says every ten seconds how long the rest will take."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self.what, self.total, self.done = what, total, 0
+        self.start = self.said = time.monotonic()
+
+    def step(self, number: int = 1) -> None:
+        """Count what was done."""
+        self.done += number
+        now = time.monotonic()
+        if now - self.said > 10 or self.done >= self.total:
+            self.said = now
+            left = (now - self.start) / self.done * (self.total - self.done)
+            print(f'{self.what}: {self.done} of {self.total}, {left / 60:.1f} min left', flush=True)
+
+
+def census(results: Results, codebases: tuple[str, ...], workers: int, seconds: float) -> bool:
+    """Do what is not done yet, for so long; return whether all is done."""
+    start = time.monotonic()
+    with ProcessPoolExecutor(workers, initializer=start_worker) as pool:
+        swap_all(pool, results, codebases)
+        todo = models_to_check(results, codebases)
+        progress = Progress('models', len(todo))
+        for i in range(0, len(todo), 4 * workers):
+            if time.monotonic() - start > seconds:
+                break
+            batch = todo[i : i + 4 * workers]
+            check_batch(pool, results, batch)
+            results.save()
+            progress.step(len(batch))
+    results.data['workers'] = workers
+    results.data['seconds'] += time.monotonic() - start
+    results.save()
+    return not models_to_check(results, codebases)
+
+
+def swap_all(pool: ProcessPoolExecutor, results: Results, codebases: tuple[str, ...]) -> None:
+    """Swap all configs that are not swapped yet."""
+    jobs: dict[Future, list[str]] = {}
+    for codebase in codebases:
+        names = [
+            name
+            for path in sorted(swap.configs_of(codebase).rglob('*.py'))
+            if '_base_' not in path.parts
+            if f'{codebase}::{(name := path.relative_to(swap.configs_of(codebase)).as_posix())}'
+            not in results.data['rows']
+        ]
+        for i in range(0, len(names), BATCH):
+            batch = names[i : i + BATCH]
+            jobs[pool.submit(census_configs, codebase, batch)] = batch
+    progress = Progress('configs', sum(map(len, jobs.values())))
+    for job in as_completed(jobs):
+        for row in job.result():  # a crash here is a fault of the swap, and ends the census
+            results.data['rows'][f'{row["codebase"]}::{row["file"]}'] = row
+        progress.step(len(jobs[job]))
+    results.save()
+
+
+def models_to_check(results: Results, codebases: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Return one row for each distinct model that was not checked yet."""
+    rows = {
+        row['model']: row
+        for row in results.data['rows'].values()
+        if row['outcome'] == 'swapped'
+        and row['codebase'] in codebases
+        and row['model'] not in results.data['models']
+    }
+    return list(rows.values())
+
+
+def check_batch(pool: ProcessPoolExecutor, results: Results, rows: list[dict[str, Any]]) -> None:
+    """Check some models; any exception of a model, of whatever kind, is its failure."""
+    jobs = {pool.submit(check_model, row, LOSS, SIDE): row for row in rows}
+    for job in as_completed(jobs):
+        row, criterion, side, error = jobs[job], LOSS, SIDE, job.exception()
+        if contains(error, TOO_SMALL):
+            side = LARGE_SIDE
+            error = pool.submit(check_model, row, criterion, side).exception()
+        if contains(error, NO_CPU_KERNEL):
+            criterion = FEATURES
+            error = pool.submit(check_model, row, criterion, side).exception()
+        message = text_of(error)
+        if error:
+            original = pool.submit(check_original, row, criterion, side).exception()
+            if text_of(original) == message:
+                message = f'as the original: {message}'
+        results.data['models'][row['model']] = dict(criterion=criterion, error=message)
+
+
+def contains(error: BaseException | None, texts: tuple[str, ...]) -> bool:
+    """Tell whether an error is one of these."""
+    return any(text in str(error) for text in texts)
+
+
+def text_of(error: BaseException | None) -> str:
+    """Return an error in one line; nothing for none."""
+    if error is None:
+        return ''
+    words = ' '.join(str(error).split()).replace('|', '/')
+    return f'{type(error).__name__}: {words}'[:160]
+
+
+# The page
+
+
+def outcomes(results: Results) -> list[dict[str, Any]]:
+    """Return the rows with what came of their models."""
+    rows = []
+    for row in results.data['rows'].values():
+        row = dict(row)
+        if row['outcome'] == 'swapped':
+            model = results.data['models'].get(row['model'])
+            if model is None:
+                row.update(outcome='not run yet', reason='')
+            elif model['error']:
+                row.update(outcome='failed', reason=model['error'])
+            else:
+                row.update(outcome=CARRIED, reason=CRITERIA[model['criterion']])
+        rows.append(row)
+    return rows
+
+
+def table(header: tuple[str, ...], lines: list[tuple[Any, ...]]) -> str:
+    """Return a table in Markdown."""
+    rows = [header, ('---',) * len(header), *lines]
+    return '\n'.join('| ' + ' | '.join(map(str, row)) + ' |' for row in rows)
+
+
+def label(row: dict[str, Any]) -> str:
+    """Name an outcome, those with other strides apart."""
+    if row['outcome'] == CARRIED:
+        return 'coarser strides' if row['stride_changed'] else 'same strides'
+    return row['outcome']
+
+
+def page(results: Results) -> str:
+    """Return the page of docs/."""
+    rows = outcomes(results)
+    goal = [row for row in rows if row['family'] in set(FAMILIES.values())]
+    done = [row for row in goal if row['outcome'] == CARRIED]
+    coarse = [row for row in done if row['stride_changed']]
+    alone = [row for row in rows if row['outcome'] == CARRIED and row['reason'] != CRITERIA[LOSS]]
+    packages = ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg')
+    head = PAGE.format(
+        side=SIDE,
+        large=LARGE_SIDE,
+        features=(
+            f'In {len(alone)} configs the head has an operation for CUDA only: there the gradient '
+            'is that of\nthe output of the neck.'
+            if alone
+            else ''
+        ),
+        stack=', '.join(f'{name} {import_module(name).__version__}' for name in packages),
+        models=len(results.data['models']),
+        minutes=results.data['seconds'] / 60,
+        workers=results.data['workers'],
+        total=len(goal),
+        done=len(done),
+        share=100 * len(done) / max(len(goal), 1),
+        plain=len(done) - len(coarse),
+        coarse=len(coarse),
+    )
+    columns = ('same strides', 'coarser strides', 'refused', 'failed', 'does not load')
+    sections = [head.rstrip()]
+    for codebase in sorted({row['codebase'] for row in rows}):
+        own = [row for row in rows if row['codebase'] == codebase]
+        sections.append(f'## {codebase}: {len(own)} configs')
+        counts = Counter((row['family'] or 'unknown', label(row)) for row in own)
+        families = sorted({family for family, _ in counts}, key=str.lower)
+        lines = [(name, *(counts[name, column] or '' for column in columns)) for name in families]
+        total = Counter(map(label, own))
+        lines.append(('**all**', *(total[column] for column in columns)))
+        sections.append(table(('backbone', *columns), lines))
+        reasons = Counter(
+            (row['outcome'], row['reason']) for row in own if row['outcome'] != CARRIED
+        )
+        ordered = sorted(reasons.items(), key=lambda item: (item[0][0], -item[1]))
+        lines = [(outcome, reason, number) for (outcome, reason), number in ordered]
+        sections.append(table(('outcome', 'reason', 'configs'), lines))
+    failures = [
+        f'- `{row["codebase"]}::{row["file"]}`: {row["reason"]}'
+        for row in rows
+        if row['outcome'] == 'failed'
+    ]
+    sections.append('## Failed\n\n' + ('\n'.join(failures) or 'None.'))
+    return '\n\n'.join(sections) + '\n'
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--codebase', choices=CODEBASES, help='one of them alone')
+    parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/swap_census'))
+    parser.add_argument('--workers', type=int, default=2, help='processes (default: 2)')
+    parser.add_argument(
+        '--seconds', type=float, default=float('inf'), help='stop after so long; go on by a rerun'
+    )
+    parser.add_argument('--force', action='store_true', help='do everything anew')
+    parser.add_argument('--markdown', type=Path, metavar='FILE', help='write the page')
+    return parser.parse_args()
+
+
+@cli.main_errors
+def main() -> None:
+    args = parse_args()
+    results = Results(args.work_dir, args.force)
+    codebases = (args.codebase,) if args.codebase else CODEBASES
+    is_done = census(results, codebases, args.workers, args.seconds)
+    rows = outcomes(results)
+    for (codebase, outcome), number in sorted(
+        Counter((row['codebase'], label(row)) for row in rows).items()
+    ):
+        print(f'{codebase}  {outcome}: {number}')
+    if args.markdown:
+        args.markdown.write_text(page(results), encoding='utf-8')
+        print(f'wrote {args.markdown}')
+    if not is_done:
+        print('not all models are done: run it again to go on')
+
+
+if __name__ == '__main__':
+    main()
