@@ -8,9 +8,11 @@ One line in a script of one's own does what the bundled tools do::
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import pickle
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -213,10 +215,21 @@ def _loopback() -> str:
 
 
 def leave_together() -> None:
-    """End a distributed run in step: a rank that ends first breaks the others' connections."""
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    """End a distributed run in step, as the last act of a process.
+
+    A rank that ends first breaks the others' connections. Over gloo it does not return: what gloo's
+    threads do while the interpreter takes itself apart now and then aborts a process whose work
+    is done.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    torch.distributed.barrier()
+    if torch.distributed.get_backend() == 'gloo':
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+    torch.distributed.destroy_process_group()
 
 
 @OPTIM_WRAPPERS.register_module()

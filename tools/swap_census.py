@@ -2,7 +2,7 @@
 
 Each config is loaded, swapped, written, and read back. Each distinct model is then built once with
 random weights, and the loss of two small images is carried back to PVT's first convolution. Nothing
-is downloaded. What is done is kept, so a run that was stopped goes on where it was.
+is downloaded. What is done is kept: a run that was stopped goes on where it was.
 
 Example:
     python tools/swap_census.py --markdown docs/swap_census.md
@@ -54,10 +54,6 @@ TOO_SMALL = ('input image is smaller than kernel', 'selected index k out of rang
 
 CARRIED = 'gradient'
 LOSS, FEATURES = 'loss', 'backbone and neck'
-CRITERIA = {
-    LOSS: 'a gradient from the loss',
-    FEATURES: 'a gradient from the neck alone: mmcv has an operation of the head for CUDA only',
-}
 
 PAGE = """# Census of swaps
 
@@ -69,7 +65,9 @@ counted apart. Each swapped config was written and read back to the same.
 Each distinct model was then built once with random weights, on the CPU, since the forward needs
 real ones, and run on two images of {side} x {side} pixels ({large} x {large} where it needs larger
 ones) with made-up boxes, masks and maps. It passes where its loss carries a finite gradient, not
-all zeros, to PVT's first convolution. {features}
+all zeros, to PVT's first convolution. In {features} configs there can be no loss here: the head has
+an operation for CUDA only, or the config is for zero-shot evaluation (GLIP, Grounding DINO). There
+the whole model is built and the gradient is that of the neck's output.
 
 Trackers are run as the detector that they wrap, semi-supervised detectors as their student. The
 text encoder of GLIP and Grounding DINO, which would be downloaded, is stood in for by random
@@ -117,7 +115,8 @@ def census_config(codebase: str, name: str) -> dict[str, Any]:
     model = bare(swapped.cfg.model.to_dict())
     text = json.dumps(identity(model), sort_keys=True, default=repr)
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return dict(row, outcome='swapped', reason='', model=key)
+    criterion = FEATURES if is_for_evaluation(model) else LOSS
+    return dict(row, outcome='swapped', reason='', model=key, criterion=criterion)
 
 
 def family_of(cfg: Config) -> str:
@@ -142,9 +141,9 @@ def reads_back(swapped: swap.Swapped) -> bool:
 
 
 def bare(node: Any) -> Any:
-    """Return a model without the weights that it would load."""
+    """Return a model without weights to load, and without what saves memory by more packages."""
     if isinstance(node, dict):
-        skipped = ('init_cfg', 'pretrained', 'teacher_ckpt', 'batch_augments')
+        skipped = ('init_cfg', 'pretrained', 'teacher_ckpt', 'num_cp')
         return {key: bare(value) for key, value in node.items() if key not in skipped}
     if isinstance(node, (list, tuple)):
         return type(node)(bare(item) for item in node)
@@ -207,7 +206,8 @@ def run(codebase: str, settings: dict[str, Any], criterion: str, side: int) -> A
     runtime.setup(cfg)  # no SyncBN on a CPU
     registry = import_module(f'{codebase}.registry').MODELS
     with DefaultScope.overwrite_default_scope(codebase), beside_configs(codebase):
-        model = registry.build(cfg.model).train()
+        model = registry.build(cfg.model)
+        model.train()  # not chained: LAD's returns nothing
         model.init_weights()
         loss_of(codebase, model, settings, criterion, side).backward()
     return model
@@ -254,6 +254,13 @@ def loss_of(
     losses = losses[0] if isinstance(losses, tuple) else losses
     total, _ = model.parse_losses(losses)
     return total
+
+
+def is_for_evaluation(settings: dict[str, Any]) -> bool:
+    """Tell zero-shot configs, which lack what a loss needs: assigner or box loss."""
+    if swap.type_name(settings) == 'GroundingDINO':
+        return not settings.get('train_cfg')
+    return swap.type_name(settings) == 'GLIP' and 'loss_bbox' not in settings['bbox_head']
 
 
 def classes_of(settings: dict[str, Any]) -> int:
@@ -316,19 +323,18 @@ def detection_samples(settings: dict[str, Any], side: int) -> list[Any]:
         )
         sample.ignored_instances = InstanceData(bboxes=torch.zeros(0, 4), labels=labels[:0])
         sample.proposals = InstanceData(bboxes=boxes + 2, scores=torch.tensor([0.9, 0.8]))
-        sample.gt_sem_seg = PixelData(sem_seg=semantic_map(settings, masks, labels))
+        sample.gt_sem_seg = PixelData(sem_seg=semantic_map(masks, labels))
         sample.set_metainfo(dict(text=('zero', 'one')))
         samples.append(sample)
     return samples
 
 
-def semantic_map(settings: dict[str, Any], masks: np.ndarray, labels: torch.Tensor) -> torch.Tensor:
-    """Paint a map of classes, at an eighth of the size for HTC and SCNet, whose data has it so."""
+def semantic_map(masks: np.ndarray, labels: torch.Tensor) -> torch.Tensor:
+    """Paint a map of classes."""
     painted = torch.zeros(1, *masks.shape[1:], dtype=torch.long)
     for mask, label in zip(masks, labels):
         painted[0, torch.from_numpy(mask).bool()] = label
-    reduced = 8 if (settings.get('roi_head') or {}).get('semantic_head') else 1
-    return painted[:, ::reduced, ::reduced]
+    return painted
 
 
 def video(images: torch.Tensor, samples: list[Any]) -> tuple[torch.Tensor, list[Any]]:
@@ -524,9 +530,10 @@ def models_to_check(results: Results, codebases: tuple[str, ...]) -> list[dict[s
 
 def check_batch(pool: ProcessPoolExecutor, results: Results, rows: list[dict[str, Any]]) -> None:
     """Check some models; any exception of a model, of whatever kind, is its failure."""
-    jobs = {pool.submit(check_model, row, LOSS, SIDE): row for row in rows}
+    jobs = {pool.submit(check_model, row, row['criterion'], SIDE): row for row in rows}
     for job in as_completed(jobs):
-        row, criterion, side, error = jobs[job], LOSS, SIDE, job.exception()
+        row, side, error = jobs[job], SIDE, job.exception()
+        criterion = row['criterion']
         if contains(error, TOO_SMALL):
             side = LARGE_SIDE
             error = pool.submit(check_model, row, criterion, side).exception()
@@ -569,7 +576,7 @@ def outcomes(results: Results) -> list[dict[str, Any]]:
             elif model['error']:
                 row.update(outcome='failed', reason=model['error'])
             else:
-                row.update(outcome=CARRIED, reason=CRITERIA[model['criterion']])
+                row.update(outcome=CARRIED, reason=model['criterion'])
         rows.append(row)
     return rows
 
@@ -593,17 +600,12 @@ def page(results: Results) -> str:
     goal = [row for row in rows if row['family'] in set(FAMILIES.values())]
     done = [row for row in goal if row['outcome'] == CARRIED]
     coarse = [row for row in done if row['stride_changed']]
-    alone = [row for row in rows if row['outcome'] == CARRIED and row['reason'] != CRITERIA[LOSS]]
+    alone = [row for row in rows if row['outcome'] == CARRIED and row['reason'] == FEATURES]
     packages = ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg')
     head = PAGE.format(
         side=SIDE,
         large=LARGE_SIDE,
-        features=(
-            f'In {len(alone)} configs the head has an operation for CUDA only: there the gradient '
-            'is that of\nthe output of the neck.'
-            if alone
-            else ''
-        ),
+        features=len(alone),
         stack=', '.join(f'{name} {import_module(name).__version__}' for name in packages),
         models=len(results.data['models']),
         minutes=results.data['seconds'] / 60,
