@@ -30,17 +30,17 @@ val_dataloader = test_dataloader = dict(
     dataset=dict(data_root=data_root, metainfo=metainfo, pipeline=test_pipeline))
 val_evaluator = test_evaluator = dict(ann_file=data_root + 'annotations/instances_val2017.json')
 
-train_cfg = dict(max_epochs=13, val_interval=4)
+train_cfg = dict(max_epochs=15, val_interval=5)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
     dict(
         type='CosineAnnealingLR',
         begin=1,
-        end=13,
-        T_max=12,
+        end=15,
+        T_max=14,
         by_epoch=True,
         convert_to_iter_based=True),
 ]
 # One kernel for all parameters: the same numbers in less time.
 optim_wrapper = dict(optimizer=dict(lr=1.5e-4, fused=True))
-default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=13, max_keep_ckpts=1))
+default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=15, max_keep_ckpts=1))
