@@ -28,8 +28,8 @@ BACKWARD_PIECE = 2**19
 #: Hidden channels that go through the depth-wise convolution together.
 BLOCK = 128
 
-#: Scores below this are raised to powers without taking their maximum off first: neither a power nor
-#: a sum of powers and values leaves fp32's or bf16's range of 2**-126 to 2**127.
+#: Scores below this are raised to powers without taking their maximum off first: neither a power
+#: nor a sum of powers times values leaves fp32's or bf16's range of 2**-126 to 2**127.
 MAX_POWER = 64.0
 
 LOG2_E = math.log2(math.e)

@@ -357,6 +357,7 @@ def _map_neck(neck: dict, old: Levels, new: Levels) -> tuple[Levels, Levels]:
         _replace_int(neck, 'in_channels', old[-1], new[-1])
     elif name in LIST_NECKS:
         _replace_list(neck, 'in_channels', old, new)
+        _check_groups(neck, new)
     else:
         raise SwapRefusedError(
             Refusal.UNKNOWN_NECK,
@@ -370,6 +371,20 @@ def _map_neck(neck: dict, old: Levels, new: Levels) -> tuple[Levels, Levels]:
     own = Level(-1, 0, 0)
     kept = slice(neck.get('start_level', 0), (len(old) if end == -1 else end) - 1)
     return [*old[kept], own], [*new[kept], own]
+
+
+def _check_groups(neck: Mapping[str, Any], levels: Levels) -> None:
+    """Refuse halves of levels, which these necks work on, that a group norm cannot divide."""
+    norm = neck.get('norm_cfg') or {}
+    if type_name(neck) not in ('CSPNeXtPAFPN', 'YOLOXPAFPN') or type_name(norm) != 'GN':
+        return
+    odd = [level.channels for level in levels if level.channels // 2 % norm['num_groups']]
+    if odd:
+        raise SwapRefusedError(
+            Refusal.CHANNELS,
+            f'{type_name(neck)} normalises half of {odd[0]} channels in {norm["num_groups"]} '
+            'groups, which does not come out even: take another arch or another norm_cfg.',
+        )
 
 
 #: Heads that pick their levels by ``in_index``.
@@ -636,7 +651,7 @@ def _set_optimizer(cfg: dict) -> list[str]:
     has_roi_head = any(host.get('roi_head') for host in _hosts(cfg['model']))
     rate = ROI_LEARNING_RATE if has_roi_head else LEARNING_RATE
     cfg['optim_wrapper']['optimizer'] = dict(type='AdamW', lr=rate, weight_decay=WEIGHT_DECAY)
-    old_rate = optimizer['lr']
+    old_rate = optimizer.get('lr', rate)
     changes = [
         f'optimizer: {type_name(optimizer)}, learning rate {old_rate:g}, became AdamW, '
         f'learning rate {rate:g}, weight decay {WEIGHT_DECAY:g}'

@@ -359,6 +359,15 @@ def test_what_is_not_understood_is_refused(change, reason):
     assert caught.value.reason is reason
 
 
+def test_groups_that_do_not_divide_a_level():
+    """A neck with a group norm takes the widths that its groups divide, and no others."""
+    name = 'mmdet::rtmdet/rtmdet_l_swin_b_4xb32-100e_coco.py'
+    assert swapped(name).cfg.model.neck.in_channels == [128, 320, 512]
+    with pytest.raises(SwapRefusedError, match='half of 160 channels in 32 groups') as caught:
+        swapped(name, B0)
+    assert caught.value.reason is Refusal.CHANNELS
+
+
 @pytest.mark.parametrize(
     ('backbone', 'message'),
     [

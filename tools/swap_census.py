@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.config import Config
-from mmengine.logging import MMLogger
+from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData, PixelData
 from torch import nn
@@ -105,11 +105,11 @@ def census_config(codebase: str, name: str) -> dict[str, Any]:
             row['stride_changed'] = allow
             break
         except swap.SwapRefusedError as error:
-            reason = error.reason
-            if reason is not swap.Refusal.STRIDE:
+            refusal = error.reason
+            if refusal is not swap.Refusal.STRIDE:
                 break
     if swapped is None:
-        return dict(row, outcome='refused', reason=reason.value)
+        return dict(row, outcome='refused', reason=refusal.value)
     if not reads_back(swapped):
         return dict(row, outcome='failed', reason='reads back to another config')
     model = bare(swapped.cfg.model.to_dict())
@@ -203,7 +203,9 @@ def run(codebase: str, settings: dict[str, Any], criterion: str, side: int) -> A
     torch.manual_seed(0)
     np.random.seed(0)
     cfg = Config(dict(default_scope=codebase, model=copy.deepcopy(settings)))
-    runtime.setup(cfg)  # no SyncBN on a CPU
+    for node in cli._dicts(cfg.model):
+        if swap.type_name(node) in ('SyncBN', 'MMSyncBN'):  # not on a CPU
+            node['type'] = 'BN'
     registry = import_module(f'{codebase}.registry').MODELS
     with DefaultScope.overwrite_default_scope(codebase), beside_configs(codebase):
         model = registry.build(cfg.model)
@@ -430,6 +432,7 @@ def start_worker() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings('ignore')
     MMLogger.get_instance('mmengine', log_level='ERROR')
+    MessageHub.get_current_instance().update_info_dict(dict(epoch=0, iter=0))  # TOOD asks for it
     for codebase in CODEBASES:
         import_module(f'{codebase}.utils').register_all_modules(init_default_scope=False)
     stand_in_for_text()
