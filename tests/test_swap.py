@@ -191,8 +191,13 @@ def test_own_arguments_of_the_backbone_win():
     assert cfg.model.backbone.type == 'PVT'
     assert (cfg.model.backbone.arch, cfg.model.backbone.drop_path_rate) == ('small', 0.3)
     assert cfg.model.backbone.init_cfg is None
-    arch = dict(dims=(8, 16, 24, 32), depths=(1,) * 4, num_heads=(1,) * 4, mlp_ratios=(2,) * 4,
-                sr_ratios=(8, 4, 2, 1))
+    arch = dict(
+        dims=(8, 16, 24, 32),
+        depths=(1,) * 4,
+        num_heads=(1,) * 4,
+        mlp_ratios=(2,) * 4,
+        sr_ratios=(8, 4, 2, 1),
+    )
     cfg = swapped(FASTER, dict(type='PVT', arch=arch)).cfg
     assert cfg.model.neck.in_channels == [8, 16, 24, 32]
     assert 'init_cfg' not in cfg.model.backbone
@@ -236,7 +241,8 @@ def test_custom_imports_are_added_to(imports):
         imports=['mmdet.models', 'pvt_mm'], allow_failed_imports=True
     )
     assert [hook.type for hook in after.custom_hooks] == [
-        'CheckInvalidLossHook', 'PVTCheckpointHook'
+        'CheckInvalidLossHook',
+        'PVTCheckpointHook',
     ]
 
 
@@ -345,10 +351,14 @@ def test_refusal(name):
         (dict(neck=dict(type='FPN', in_channels=[1, 2, 3, 4])), Refusal.CHANNELS),
         (dict(neck=dict(type='FPN', in_channels=[256, 512])), Refusal.CHANNELS),
         (dict(neck=None), Refusal.UNKNOWN_HEAD),
-        (dict(neck=None, bbox_head=dict(type='FCNHead', in_channels=2048, in_index=4)),
-         Refusal.CHANNELS),
-        (dict(neck=None, bbox_head=dict(type='FCNHead', in_channels=2048, in_index=2)),
-         Refusal.CHANNELS),
+        (
+            dict(neck=None, bbox_head=dict(type='FCNHead', in_channels=2048, in_index=4)),
+            Refusal.CHANNELS,
+        ),
+        (
+            dict(neck=None, bbox_head=dict(type='FCNHead', in_channels=2048, in_index=2)),
+            Refusal.CHANNELS,
+        ),
     ],
 )
 def test_what_is_not_understood_is_refused(change, reason):
@@ -385,8 +395,10 @@ def test_wrong_backbone(backbone, message):
 @pytest.mark.parametrize(
     ('name', 'message'),
     [
-        ('mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_cocoo.py',
-         'did you mean mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'),
+        (
+            'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_cocoo.py',
+            'did you mean mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
+        ),
         ('mmdet::faster_rcnn_r50_fpn_1x_coco.py', FASTER),
         ('mmseg::none', 'There is no config mmseg::none'),
         ('nowhere::a.py', 'choose mmdet or mmseg'),
@@ -455,8 +467,16 @@ def test_written_config_reloads(tmp_path, name):
 
 
 def test_tool(tmp_path, run_tool, capsys):
-    run_tool('swap_backbone', DILATED, '--arch', 'v2_b0', '-o', 'own.py', '--allow-stride-change',
-             '--keep-optimizer')
+    run_tool(
+        'swap_backbone',
+        DILATED,
+        '--arch',
+        'v2_b0',
+        '-o',
+        'own.py',
+        '--allow-stride-change',
+        '--keep-optimizer',
+    )
     cfg = Config.fromfile(tmp_path / 'own.py')
     assert (cfg.model.backbone.type, cfg.model.backbone.arch) == ('PVTv2', 'b0')
     assert cfg.optim_wrapper.optimizer.type == 'SGD'

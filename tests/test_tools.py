@@ -373,6 +373,4 @@ def test_other_key_errors_keep_their_traceback():
 def test_an_unknown_arch_lists_those_that_exist(failing, small_config, demo_data):
     extra = 'model["backbone"]["arch"] = "smal"'
     message = failing('train', small_config('det', extra), '--data-root', demo_data / 'coco')
-    assert message == (
-        "error: There is no arch 'smal'; choose one of tiny, small, medium, large."
-    )
+    assert message == ("error: There is no arch 'smal'; choose one of tiny, small, medium, large.")
