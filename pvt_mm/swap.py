@@ -8,9 +8,7 @@ and head says it takes. Only what agrees is mapped; anything else is refused, wi
 from __future__ import annotations
 
 import copy
-import difflib
 import enum
-import importlib.util
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
@@ -20,13 +18,11 @@ from typing import Any, NamedTuple
 
 from mmengine.config import Config
 
-from . import cli
+from . import configs
 from .archs import PVT_ARCHS, PVT_V2_ARCHS, resolve_arch
 from .runtime import UserError
 
 ARCHS = {'PVT': PVT_ARCHS, 'PVTv2': PVT_V2_ARCHS}
-#: Where the bundled configs lie: their backbones name the published weights.
-BUNDLED = Path(__file__).parent / '.mim' / 'configs' / 'pvt'
 STRIDES = (4, 8, 16, 32)
 ALL_STAGES = (0, 1, 2, 3)
 
@@ -283,7 +279,7 @@ def make_backbone(backbone: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[in
     if not isinstance(arch, str):
         return settings, tuple(dims)
     file = f'pvt_{arch[0]}.py' if name == 'PVT' else f'pvt_v2_{arch}.py'
-    published = Config.fromfile(BUNDLED / '_base_' / 'backbones' / file).backbone.to_dict()
+    published = Config.fromfile(configs.BUNDLED / '_base_' / 'backbones' / file).backbone.to_dict()
     return {**published, **settings}, tuple(dims)
 
 
@@ -513,18 +509,9 @@ def _heads(host: Mapping[str, Any]) -> Iterator[dict]:
 # A whole model
 
 
-def _dicts(node: Any) -> Iterator[dict]:
-    if isinstance(node, dict):
-        yield node
-        node = list(node.values())
-    if isinstance(node, (list, tuple)):
-        for child in node:
-            yield from _dicts(child)
-
-
 def _hosts(model: Any) -> Iterator[dict]:
     """Yield the parts of a model that have a backbone: the model, or detectors it wraps."""
-    for node in _dicts(model):
+    for node in configs.dicts(model):
         if isinstance(node.get('backbone'), dict) and 'type' in node['backbone']:
             yield node
 
@@ -616,7 +603,7 @@ def _differences(before: Any, after: Any, path: str = '') -> list[str]:
 def _set_normalisation(model: dict) -> list[str]:
     """Normalise images as PVT's weights expect, and pad them to whole patches."""
     changes = []
-    for node in _dicts(model):
+    for node in configs.dicts(model):
         preprocessor = node.get('data_preprocessor')
         if isinstance(preprocessor, dict):
             before = copy.deepcopy(preprocessor)
@@ -722,7 +709,7 @@ def swap(
 ) -> Swapped:
     """Do as :func:`swap_backbone`, and say what was changed."""
     if not isinstance(cfg, Config):
-        cfg = load(cfg)
+        cfg = configs.load(cfg, import_custom_modules=False)
     settings, dims = make_backbone(backbone)
     plain = _plain(cfg.to_dict())
     model = plain.get('model')
@@ -730,7 +717,7 @@ def swap(
         raise SwapRefusedError(
             Refusal.NO_MODEL, 'The config defines no model; give one that can be trained.'
         )
-    parts = [(copy.deepcopy(node), node) for node in _dicts(model)]
+    parts = [(copy.deepcopy(node), node) for node in configs.dicts(model)]
     hosts = list(_hosts(model))
     if not hosts:
         raise SwapRefusedError(
@@ -774,52 +761,6 @@ def _plain(node: Any) -> Any:
 
 
 # Files
-
-
-def load(name: str | Path) -> Config:
-    """Load a config by its path or its ``PACKAGE::DIR/FILE.py`` name.
-
-    Raises:
-        UserError: Where there is none, naming the nearest, or it does not load.
-    """
-    file = find_config(str(name))
-    try:
-        return Config.fromfile(file, import_custom_modules=False)
-    except (SyntaxError, KeyError, TypeError, ImportError, OSError) as error:
-        reason = str(error).splitlines()[0].rstrip('.')
-        raise UserError(f'The config {name} does not load: {reason}.') from error
-
-
-def find_config(name: str) -> Path:
-    """Return the file of a config named by its path or as ``PACKAGE::DIR/FILE.py``."""
-    package, is_named, path = name.rpartition('::')
-    if not is_named:
-        if not Path(name).is_file():
-            raise UserError(f'There is no config {name}; {cli._nearest(Path(name))}')
-        return Path(name)
-    folder = configs_of(package)
-    file = folder / path
-    if not file.is_file():
-        names = {p.name: p for p in folder.rglob('*.py') if '_base_' not in p.parts}
-        near = difflib.get_close_matches(f'{Path(path).stem}.py', names, n=3)
-        found = [f'{package}::{names[n].relative_to(folder).as_posix()}' for n in near]
-        hint = f'did you mean {" or ".join(found)}?' if found else f'see {folder}.'
-        raise UserError(f'There is no config {name}; {hint}')
-    return file
-
-
-def configs_of(package: str) -> Path:
-    """Return the folder of the configs that an installed package carries.
-
-    Raises:
-        UserError: Where it is not installed, or carries none.
-    """
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    for place in (spec.submodule_search_locations if spec else None) or ():
-        folder = Path(place) / '.mim' / 'configs'
-        if folder.is_dir():
-            return folder
-    raise UserError(f'No installed package {package} carries configs; choose mmdet or mmseg.')
 
 
 def write(swapped: Swapped, file: str | Path, source: str) -> None:

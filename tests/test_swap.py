@@ -11,7 +11,7 @@ from mmengine.registry import DefaultScope
 from reference import REPO
 
 import pvt_mm
-from pvt_mm import swap
+from pvt_mm import configs, swap
 from pvt_mm.runtime import UserError
 from pvt_mm.swap import Refusal, SwapRefusedError
 
@@ -27,7 +27,7 @@ WHOLE_PATCHES = dict(size_divisor=32)
 @functools.cache
 def original(name):
     """A config of mmdet or mmseg, read once."""
-    return swap.load(name)
+    return configs.load(name, import_custom_modules=False)
 
 
 def swapped(name, backbone=SMALL, **options):
@@ -382,23 +382,6 @@ def test_wrong_backbone(backbone, message):
         swapped(FASTER, backbone)
 
 
-@pytest.mark.parametrize(
-    ('name', 'message'),
-    [
-        ('mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_cocoo.py',
-         'did you mean mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'),
-        ('mmdet::faster_rcnn_r50_fpn_1x_coco.py', FASTER),
-        ('mmseg::none', 'There is no config mmseg::none'),
-        ('nowhere::a.py', 'choose mmdet or mmseg'),
-        ('no_such_file.py', 'There is no config no_such_file.py'),
-    ],
-)
-def test_unknown_config(name, message):
-    """A name that is not there brings the nearest ones."""
-    with pytest.raises(UserError, match=re.escape(message)):
-        pvt_mm.swap_backbone(name, SMALL)
-
-
 # What is written
 
 LAZY = """
@@ -502,49 +485,71 @@ def tool_module():
 
 
 @pytest.mark.parametrize(
-    ('codebase', 'name'),
+    'name',
     [
-        ('mmdet', 'atss/atss_r50_fpn_1x_coco.py'),
-        ('mmseg', 'fcn/fcn_r18-d8_4xb2-80k_cityscapes-512x1024.py'),
+        'mmdet::atss/atss_r50_fpn_1x_coco.py',
+        'mmseg::fcn/fcn_r18-d8_4xb2-80k_cityscapes-512x1024.py',
     ],
 )
-def test_census_of_a_config(codebase, name):
+def test_census_of_a_config(name):
     """A config is swapped, read back, built, and carries a gradient from its loss to the stem."""
     census = tool_module()
-    row = census.census_config(codebase, name)
+    row = census.census_config(name)
     assert (row['outcome'], row['family']) == ('swapped', 'ResNet')
-    assert row['stride_changed'] == (codebase == 'mmseg')
+    assert row['stride_changed'] == name.startswith('mmseg')
     census.check_model(row, census.LOSS, census.SIDE)
 
 
-def test_census_counts():
+def test_census_counts(tmp_path):
     """Refusals and failures count against the goal; other backbones do not count at all."""
     census = tool_module()
 
-    def row(outcome, **fields):
-        defaults = dict(codebase='mmdet', family='ResNet', stride_changed=False, reason='none')
-        return {**defaults, 'outcome': outcome, **fields}
+    def row(outcome, name, **fields):
+        defaults = dict(codebase='mmdet', family='ResNet', stride_changed=False, seconds=60)
+        return {**defaults, 'outcome': outcome, 'name': f'mmdet::{name}', 'reason': '', **fields}
 
     rows = [
-        row('swapped', model='good', file='0'),
-        row('swapped', model='good', file='1', stride_changed=True),
-        row('swapped', model='bad', file='2'),
-        row('refused', file='3', reason='C4'),
-        row('refused', file='4', family='Darknet', reason='YOLO'),
+        row('swapped', 'a', model='good'),
+        row('swapped', 'b', model='good', stride_changed=True),
+        row('swapped', 'c', model='bad'),
+        row('refused', 'd', reason='C4'),
+        row('refused', 'e', family='Darknet', reason='YOLO'),
+        row('swapped', 'f', model='broken'),
     ]
-    results = type('Results', (), {})()
-    results.data = dict(
-        rows=dict(enumerate(rows)),
-        models=dict(
-            good=dict(criterion=census.LOSS, error=''),
-            bad=dict(criterion=census.LOSS, error='ValueError: no'),
-        ),
-        seconds=60.0,
-        workers=2,
+    results = census.Results(tmp_path, force=False)
+    results.rows = {row['name']: row for row in rows}
+    model = dict(criterion=census.LOSS, anyway=False, seconds=60)
+    results.models = dict(
+        good=dict(model, error=''),
+        bad=dict(model, error='ValueError: no'),
+        broken=dict(model, error='ImportError: x', anyway=True),
     )
-    page = census.page(results)
-    assert 'Of the **4** configs' in page
-    assert '**2** (50.0%) swap, build and carry a gradient: 1 at the strides they' in page
-    assert '| ResNet | 1 | 1 | 1 | 1 |  |' in page
+    page = census.page(results, census.outcomes(results, list(results.rows)))
+    assert 'Of the **5** configs' in page
+    assert '**2** (40.0%) swap, build and carry a gradient: 1 at the strides they' in page
+    assert '| ResNet | 1 | 1 | 1 | 1 | 1 |  |' in page
     assert '| refused | YOLO | 1 |' in page
-    assert '- `mmdet::2`: ValueError: no' in page
+    assert '| `mmdet::c` | failed | ValueError: no |' in page
+    assert '| `mmdet::f` | fails anyway | ImportError: x |' in page
+    assert '3 distinct models, 9 minutes of one core' in page
+
+
+def test_census_goes_on(tmp_path):
+    """What is kept is not done again, but failures are, and swaps after the swap has changed."""
+    census = tool_module()
+    results = census.Results(tmp_path, force=False)
+    results.rows = {'mmdet::a': dict(outcome='refused')}
+    results.models = dict(good=dict(error=''), bad=dict(error='ValueError: no'))
+    results.save()
+    again = census.Results(tmp_path, force=False)
+    assert (again.rows, set(again.models)) == (results.rows, {'good'})
+    results.digest = 'of another swap.py'
+    results.save()
+    again = census.Results(tmp_path, force=False)
+    assert (again.rows, set(again.models)) == ({}, {'good'})
+    assert not census.Results(tmp_path, force=True).models
+
+
+def test_census_of_no_config():
+    with pytest.raises(UserError, match='did you mean mmdet::retinanet/retinanet_'):
+        tool_module().find_configs(['mmdet::retina_net/*'])
