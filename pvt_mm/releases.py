@@ -48,7 +48,7 @@ _ADDED = {
             BDD100KDataset
         """,
         'mmsegmentation 1.1.2': """
-            DepthEstimator DepthMetric ForceDefaultOptimWrapperConstructor KLDivLoss
+            DepthEstimator DepthMetric ForceDefaultOptimWrapperConstructor
             LoadDepthAnnotation NYUDataset PolyLRRatio RandomDepthMix RandomFlip Resize SiLogLoss
             VPD VPDDepthHead
         """,

@@ -46,6 +46,7 @@ class Refusal(str, enum.Enum):
     DETECTORS = 'DetectoRS: the neck feeds the backbone'
     SHARED_HEAD = 'C4: the head is a stage of the ResNet'
     STRIDE = 'dilated backbone: strides would change'
+    ONE_SIZE = 'dilated backbone: two heads need levels of one size'
     UNKNOWN_NECK = 'unknown neck'
     UNKNOWN_HEAD = 'unknown head on the backbone'
     CHANNELS = 'channels disagree'
@@ -139,7 +140,8 @@ def _per_head(default_heads: Sequence[int]) -> Callable:
 
 
 def _twins(backbone: Mapping[str, Any]) -> tuple[list[int], list[int]]:
-    return _hierarchical(backbone['embed_dims'], backbone)
+    default = (64, 128, 256, 512) if type_name(backbone) == 'PCPVT' else (64, 128, 256)
+    return _hierarchical(backbone.get('embed_dims', default), backbone)
 
 
 def _hrnet(backbone: Mapping[str, Any]) -> tuple[list[int], list[int]]:
@@ -293,6 +295,9 @@ def _place(
         new['out_indices'] = stages
     if old.get('in_channels', 3) != 3:
         new.setdefault('in_channels', old['in_channels'])
+    if new.get('in_channels', 3) != 3 and new.get('init_cfg'):
+        # One channel takes the sum of the weights for red, green and blue; more take them in turn.
+        new.setdefault('adapt_in_channels', 'sum' if new['in_channels'] == 1 else 'repeat')
     return new
 
 
@@ -440,9 +445,14 @@ def _map_head(head: dict, old: Levels, new: Levels) -> None:
         )
 
 
+def _indices(head: Mapping[str, Any]) -> Sequence[int]:
+    index = head.get('in_index', -1)
+    return index if isinstance(index, (list, tuple)) else [index]
+
+
 def _map_indexed_head(head: dict, old: Levels, new: Levels) -> None:
     index = head.get('in_index', -1)
-    indices = index if isinstance(index, (list, tuple)) else [index]
+    indices = _indices(head)
     if not all(-len(old) <= i < len(old) for i in indices):
         raise SwapRefusedError(
             Refusal.CHANNELS,
@@ -493,6 +503,22 @@ def _map_roi_head(head: dict, old: Level, new: Level) -> None:
             _replace_int(part, 'in_channels', old, new)
 
 
+def _check_one_size(host: Mapping[str, Any], new: Levels) -> None:
+    """Refuse an OCRHead on another level than the head whose output it multiplies with it."""
+    heads = host.get('decode_head')
+    if host.get('neck') or not isinstance(heads, list):
+        return
+    read = [new[_indices(head)[0]].stride for head in heads]
+    if len(set(read)) > 1 and any(type_name(head) == 'OCRHead' for head in heads):
+        raise SwapRefusedError(
+            Refusal.ONE_SIZE,
+            'The OCRHead needs its level as large as the output of the head before it, but the '
+            f'levels of a PVT that they read lie at strides {", ".join(map(str, read))}; take a '
+            'config whose heads read all levels, such as '
+            'mmseg::ocrnet/ocrnet_hr18_4xb2-40k_cityscapes-512x1024.py.',
+        )
+
+
 #: Parts of a model that are no heads.
 _NOT_HEADS = ('backbone', 'neck', 'data_preprocessor', 'train_cfg', 'test_cfg', 'init_cfg')
 
@@ -529,15 +555,6 @@ def _swap_host(
             'The RoI head runs the last stage of the ResNet (shared_head), which a PVT has not; '
             'take the config with an FPN.',
         )
-    strides = [level.stride for level in levels], [level.stride for level in new]
-    if strides[0] != strides[1] and not allow_stride_change:
-        raise SwapRefusedError(
-            Refusal.STRIDE,
-            f'The levels of this {type_name(host["backbone"])} lie at strides '
-            f'{", ".join(map(str, strides[0]))}, those of a PVT at '
-            f'{", ".join(map(str, strides[1]))}: the features get coarser. Allow it with '
-            'allow_stride_change=True (--allow-stride-change).',
-        )
     host['backbone'] = _place(backbone, host['backbone'], levels)
     seen = levels, new
     if host.get('neck'):
@@ -546,6 +563,16 @@ def _swap_host(
     if seen[0]:
         for head in _heads(host):
             _map_head(head, *seen)
+    _check_one_size(host, new)
+    strides = [level.stride for level in levels], [level.stride for level in new]
+    if strides[0] != strides[1] and not allow_stride_change:
+        raise SwapRefusedError(
+            Refusal.STRIDE,
+            f'The levels of this {type_name(before["backbone"])} lie at strides '
+            f'{", ".join(map(str, strides[0]))}, those of a PVT at '
+            f'{", ".join(map(str, strides[1]))}: the features get coarser. Allow it with '
+            'allow_stride_change=True (--allow-stride-change).',
+        )
     return [
         *_describe_backbone(before['backbone'], host['backbone']),
         *([f'strides {strides[0]} became {strides[1]}'] if strides[0] != strides[1] else []),
@@ -560,7 +587,13 @@ def _describe_backbone(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[s
     dropped = ', '.join(sorted(set(old) - set(new) - kept))
     arch = new['arch'] if isinstance(new['arch'], str) else 'of its own arch'
     text = f'backbone: {type_name(old)}{size} became {new["type"]} {arch}'
-    return [f'{text}, without {dropped}' if dropped else text]
+    changes = [f'{text}, without {dropped}' if dropped else text]
+    if 'adapt_in_channels' in new and 'adapt_in_channels' not in old:
+        changes.append(
+            f'its weights for RGB are adapted to {new["in_channels"]} image channels '
+            f'({new["adapt_in_channels"]})'
+        )
+    return changes
 
 
 def _drop_weights(host: dict) -> list[str]:

@@ -15,17 +15,19 @@ FASTER = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
 LEAF = 'retinanet_pvt_s_fpn_1x_coco.py'
 NESTS = st.recursive(
     st.integers() | st.text(max_size=3),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.tuples(inner, inner)
-    | st.dictionaries(st.text(max_size=2), inner, max_size=3),
-    max_leaves=20,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.tuples(inner, inner)
+        | st.dictionaries(st.text(max_size=2), inner, max_size=3)
+    ),
+    max_leaves=10,
 )
 
 
 @pytest.mark.parametrize(
     ('name', 'message'),
     [
-        (FASTER[:-4] + 'o.py', f'did you mean {FASTER}'),
+        (FASTER[:-3] + 'o.py', f'did you mean {FASTER}'),
         ('mmdet::faster_rcnn_r50_fpn_1x_coco.py', FASTER),
         ('mmdet::faster-rcnn_r50_fpn_1x', FASTER),
         (f'pvt_mm::{LEAF}', f'did you mean pvt_mm::pvt/{LEAF}'),

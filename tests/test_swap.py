@@ -253,13 +253,19 @@ def test_wrappers_and_scopes():
         assert '_scope_' not in part.backbone
 
 
-def test_image_channels_stay():
+@pytest.mark.parametrize(('channels', 'mode'), [(1, 'sum'), (4, 'repeat'), (6, 'repeat')])
+def test_image_channels_stay(channels, mode):
+    """Other image channels stay, their statistics too; weights for RGB are adapted, and said so."""
     cfg = copy.deepcopy(original(RETINA))
-    cfg.model.backbone.in_channels = 4
-    cfg.model.data_preprocessor.update(mean=[0.0] * 4, std=[1.0] * 4)
-    after = pvt_mm.swap_backbone(cfg, SMALL)
-    assert after.model.backbone.in_channels == 4
-    assert after.model.data_preprocessor.mean == [0.0] * 4
+    cfg.model.backbone.in_channels = channels
+    cfg.model.data_preprocessor.update(mean=[0.0] * channels, std=[1.0] * channels)
+    after, changes = swap.swap(cfg, SMALL)
+    assert after.model.backbone.in_channels == channels
+    assert after.model.backbone.adapt_in_channels == mode
+    assert after.model.data_preprocessor.mean == [0.0] * channels
+    assert f'its weights for RGB are adapted to {channels} image channels ({mode})' in changes
+    after = pvt_mm.swap_backbone(cfg, dict(SMALL, init_cfg=None))
+    assert 'adapt_in_channels' not in after.model.backbone
 
 
 def test_swap_again():
@@ -283,6 +289,16 @@ def test_dilated_backbone_needs_leave():
     assert 'strides [4, 8, 8, 8] became [4, 8, 16, 32]' in changes
     assert cfg.model.decode_head.in_channels == 512
     assert cfg.model.auxiliary_head.in_channels == 320
+
+
+def test_two_heads_that_read_one_level():
+    """OCR's second head takes the size of the first: with all levels, as on HRNet, it does."""
+    cfg = swapped('mmseg::ocrnet/ocrnet_hr18_4xb2-40k_cityscapes-512x1024.py').cfg
+    assert [head.in_channels for head in cfg.model.decode_head] == [[64, 128, 320, 512]] * 2
+    model = original('mmseg::ocrnet/ocrnet_r101-d8_4xb2-40k_cityscapes-512x1024.py').model.to_dict()
+    model['decode_head'][0].update(in_index=3, in_channels=2048)  # both on the last stage
+    cfg = swap.swap(Config(dict(model=model)), SMALL, allow_stride_change=True).cfg
+    assert [head.in_channels for head in cfg.model.decode_head] == [512, 512]
 
 
 def test_dilated_head_with_a_low_level():
@@ -315,6 +331,7 @@ REFUSED = {
     'mmdet::rtmdet/rtmdet_l_swin_b_p6_4xb16-100e_coco.py': Refusal.LEVELS,  # five stages
     'mmdet::misc/d2_retinanet_r50-caffe_fpn_ms-90k_coco.py': Refusal.NO_BACKBONE,
     'mmdet::common/ms_3x_coco.py': Refusal.NO_MODEL,
+    'mmseg::ocrnet/ocrnet_r101-d8_4xb2-40k_cityscapes-512x1024.py': Refusal.ONE_SIZE,
     'mmseg::icnet/icnet_r50-d8_4xb2-80k_cityscapes-832x832.py': Refusal.MULTI_BRANCH,
     'mmseg::bisenetv1/bisenetv1_r18-d32_4xb4-160k_cityscapes-1024x1024.py': Refusal.MULTI_BRANCH,
 }

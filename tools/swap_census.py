@@ -261,7 +261,8 @@ def loss_of(
             model = getattr(model, part)
             settings = settings.get('detector', settings)
             break
-    images = torch.rand(2, 3, side, side) * 4 - 2
+    channels = settings.get('backbone', {}).get('in_channels', 3)
+    images = torch.rand(2, channels, side, side) * 4 - 2
     if criterion == FEATURES:
         features = model.extract_feat(images)
         return sum(feature.square().mean() for feature in features)
