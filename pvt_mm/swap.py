@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from operator import mul
 from pathlib import Path
+from types import FunctionType
 from typing import Any, NamedTuple
 
 from mmengine.config import Config
@@ -288,11 +289,13 @@ def make_backbone(backbone: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[in
 def _place(
     backbone: Mapping[str, Any], old: Mapping[str, Any], levels: Sequence[Level]
 ) -> dict[str, Any]:
-    """Return the new backbone, with the old one's levels and image channels."""
+    """Return the new backbone, with the old one's levels, image channels and checkpointing."""
     new = copy.deepcopy(dict(backbone))
     stages = tuple(level.stage for level in levels)
     if stages != ALL_STAGES:
         new['out_indices'] = stages
+    if old.get('with_cp'):
+        new.setdefault('with_cp', True)
     if old.get('in_channels', 3) != 3:
         new.setdefault('in_channels', old['in_channels'])
     if new.get('in_channels', 3) != 3 and new.get('init_cfg'):
@@ -588,6 +591,9 @@ def _describe_backbone(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[s
     arch = new['arch'] if isinstance(new['arch'], str) else 'of its own arch'
     text = f'backbone: {type_name(old)}{size} became {new["type"]} {arch}'
     changes = [f'{text}, without {dropped}' if dropped else text]
+    rates = old.get('drop_path_rate'), new.get('drop_path_rate')
+    if rates[0] is not None and rates[0] != rates[1]:
+        changes.append(f'its drop_path_rate: {rates[0]} became {rates[1]}')
     if 'adapt_in_channels' in new and 'adapt_in_channels' not in old:
         changes.append(
             f'its weights for RGB are adapted to {new["in_channels"]} image channels '
@@ -670,7 +676,10 @@ def _set_optimizer(cfg: dict) -> list[str]:
         return []
     has_roi_head = any(host.get('roi_head') for host in _hosts(cfg['model']))
     rate = ROI_LEARNING_RATE if has_roi_head else LEARNING_RATE
-    cfg['optim_wrapper']['optimizer'] = dict(type='AdamW', lr=rate, weight_decay=WEIGHT_DECAY)
+    new = dict(type='AdamW', lr=rate, weight_decay=WEIGHT_DECAY)
+    cfg['optim_wrapper']['optimizer'] = new
+    if cfg.get('optimizer') == optimizer:  # the variable that it was made from
+        cfg['optimizer'] = dict(new)
     old_rate = optimizer.get('lr', rate)
     changes = [
         f'optimizer: {type_name(optimizer)}, learning rate {old_rate:g}, became AdamW, '
@@ -783,12 +792,12 @@ def _update_variables(cfg: dict, parts: Sequence[tuple[dict, dict]]) -> None:
 
 
 def _plain(node: Any) -> Any:
-    """Return builtin containers; a class, as lazy configs have it, becomes its dotted name."""
+    """Return builtin containers; a class or function, as type, becomes its dotted name."""
     if isinstance(node, dict):
         return {key: _plain(value) for key, value in node.items()}
     if isinstance(node, (list, tuple)):
         return type(node)(_plain(item) for item in node)
-    if isinstance(node, type):
+    if isinstance(node, (type, FunctionType)):
         return f'{node.__module__}.{node.__qualname__}'
     return node
 

@@ -225,3 +225,14 @@ def test_all_configs_but_the_demos_are_found():
 def test_a_pattern_of_no_config_names_the_nearest(pattern):
     with pytest.raises(runtime.UserError, match='did you mean retinanet_pvt_s_fpn_1x_coco.py'):
         tool.find_configs([pattern])
+
+
+def test_a_schedule_after_a_long_warm_up_is_shortened():
+    """What begins after the warm-up begins within the few iterations."""
+    cfg = load('fpn_pvtv2_b0_ade20k_80k.py')
+    cfg.param_scheduler = [
+        dict(type='LinearLR', by_epoch=False, begin=0, end=1500, start_factor=1e-6),
+        dict(type='PolyLR', by_epoch=False, begin=1500, end=160000, power=1.0),
+    ]
+    tool.shorten(cfg, 3)
+    assert [(part.begin, part.end) for part in cfg.param_scheduler] == [(0, 2), (1, 4)]

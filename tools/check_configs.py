@@ -163,7 +163,7 @@ def shorten(cfg: Config, iterations: int) -> None:
         if scheduler.type == 'LinearLR':
             scheduler['end'] = 2  # the warm-up: one iteration
         elif scheduler.type == 'PolyLR':
-            scheduler['end'] = iterations + 1
+            scheduler.update(begin=min(scheduler.get('begin', 0), 1), end=iterations + 1)
 
 
 # One run, in a process of its own
