@@ -179,37 +179,12 @@ BACKBONES: dict[str, Callable[[Mapping[str, Any]], tuple[list[int], list[int]]]]
 REFUSED_BACKBONES = {
     **dict.fromkeys(('Darknet', 'CSPDarknet', 'CSPNeXt'), Refusal.DARKNET),
     **dict.fromkeys(('DetectoRS_ResNet', 'DetectoRS_ResNeXt'), Refusal.DETECTORS),
-    **dict.fromkeys(
-        (
-            'BiSeNetV1',
-            'BiSeNetV2',
-            'CGNet',
-            'DDRNet',
-            'ERFNet',
-            'FastSCNN',
-            'ICNet',
-            'PIDNet',
-            'STDCContextPathNet',
-            'TridentResNet',
-        ),
-        Refusal.MULTI_BRANCH,
-    ),
-    **dict.fromkeys(
-        (
-            'BEiT',
-            'EfficientNet',
-            'HourglassNet',
-            'MAE',
-            'MobileNetV2',
-            'MobileNetV3',
-            'SSDVGG',
-            'STDCNet',
-            'UNet',
-            'VisionTransformer',
-            'VPD',
-        ),
-        Refusal.LEVELS,
-    ),
+    **dict.fromkeys(('BiSeNetV1', 'BiSeNetV2', 'CGNet', 'DDRNet', 'ERFNet'), Refusal.MULTI_BRANCH),
+    **dict.fromkeys(('FastSCNN', 'ICNet', 'PIDNet', 'STDCContextPathNet'), Refusal.MULTI_BRANCH),
+    **dict.fromkeys(('TridentResNet',), Refusal.MULTI_BRANCH),
+    **dict.fromkeys(('BEiT', 'MAE', 'VisionTransformer', 'VPD', 'UNet'), Refusal.LEVELS),
+    **dict.fromkeys(('EfficientNet', 'MobileNetV2', 'MobileNetV3'), Refusal.LEVELS),
+    **dict.fromkeys(('HourglassNet', 'SSDVGG', 'STDCNet'), Refusal.LEVELS),
 }
 
 _WHY_REFUSED = {

@@ -2,7 +2,8 @@
 
 Each config is loaded, swapped, written, and read back. Each distinct model is then built once with
 random weights, and the loss of two small images is carried back to PVT's first convolution. Nothing
-is downloaded. What is done is kept: a run that was stopped goes on where it was.
+is downloaded. What is done is kept: a run that was stopped goes on where it was, and one after a
+change of the swap runs only the models that are new or failed.
 
 Example:
     python tools/swap_census.py --markdown docs/swap_census.md
@@ -219,7 +220,7 @@ def check_model(row: dict[str, Any], criterion: str, side: int) -> None:
 def check_original(row: dict[str, Any], criterion: str, side: int) -> None:
     """Build and run the model of a config as it is, to see whether that fails too."""
     cfg = configs.load(row['name'], import_custom_modules=False)
-    run(row['codebase'], bare(swap._plain(cfg.to_dict())['model']), criterion, side)
+    run(row['codebase'], bare(cfg.model.to_dict()), criterion, side)
 
 
 def run(codebase: str, settings: dict[str, Any], criterion: str, side: int) -> Any:
