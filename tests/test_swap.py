@@ -8,6 +8,8 @@ import re
 import mmdet.models.necks
 import mmengine.dataset
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from mmengine.config import Config
 from mmengine.registry import FUNCTIONS, DefaultScope
 from reference import REPO
@@ -172,6 +174,38 @@ def test_mapping(name):
     assert {path: value(cfg, path) for path in MAPPINGS[name]} == MAPPINGS[name]
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    stages=st.sets(st.sampled_from(swap.ALL_STAGES), min_size=1).map(sorted),
+    depth=st.sampled_from((18, 34, 50, 101)),
+    base_channels=st.sampled_from((16, 64)),
+    wrong=st.booleans(),
+    data=st.data(),
+)
+def test_heads_follow_any_levels(stages, depth, base_channels, wrong, data):
+    """Whatever stages a ResNet returns, PVT returns them, and heads take their channels."""
+    widths = [base_channels * 2**i * (1 if depth < 50 else 4) for i in stages]
+    index = data.draw(st.integers(-len(stages), len(stages) - 1))
+    model = dict(
+        type='EncoderDecoder',
+        backbone=dict(
+            type='ResNet', depth=depth, base_channels=base_channels, out_indices=stages
+        ),
+        decode_head=dict(type='UPerHead', in_index=list(range(len(stages))), in_channels=widths),
+        auxiliary_head=dict(type='FCNHead', in_index=index, in_channels=widths[index] + wrong),
+    )
+    if wrong:
+        with pytest.raises(SwapRefusedError) as caught:
+            swap.swap(Config(dict(model=model)), B0)
+        assert caught.value.reason is Refusal.CHANNELS
+        return
+    after = pvt_mm.swap_backbone(Config(dict(model=model)), B0).model
+    dims = [(32, 64, 160, 256)[i] for i in stages]
+    assert list(after.backbone.get('out_indices', swap.ALL_STAGES)) == stages
+    assert after.decode_head.in_channels == dims
+    assert after.auxiliary_head.in_channels == dims[index]
+
+
 def test_backbone_is_the_published_one():
     """A named arch gets the drop path rate and the weights of the bundled configs."""
     file = REPO / 'configs' / '_base_' / 'backbones' / 'pvt_v2_b2_li.py'
@@ -181,10 +215,10 @@ def test_backbone_is_the_published_one():
 
 @pytest.mark.parametrize('kind', swap.ARCHS)
 def test_every_arch_has_its_weights(kind):
-    for arch, settings in swap.ARCHS[kind].items():
+    for arch, published in swap.ARCHS[kind].items():
         backbone, dims = swap.make_backbone(dict(type=kind, arch=arch))
         assert backbone['init_cfg']['checkpoint'].startswith('https://')
-        assert (backbone['type'], backbone['arch'], dims) == (kind, arch, settings['dims'])
+        assert (backbone['type'], backbone['arch'], dims) == (kind, arch, published['dims'])
 
 
 def test_own_arguments_of_the_backbone_win():
@@ -361,6 +395,18 @@ def test_the_page_lists_every_reason():
     assert re.findall(r'^\| ([^|]+) \|', page.split('## What is refused')[1], re.M)[1:] == [
         reason.value for reason in Refusal
     ]
+
+
+def test_the_page_of_the_census():
+    """It states the goal as reached, on over 1,000 configs, and knows no reason but ours."""
+    page = (REPO / 'docs' / 'swap_census.md').read_text()
+    goal = re.search(r'Of the \*\*(\d+)\*\*[^*]*\*\*(\d+)\*\* \(([\d.]+)%\)', page)
+    total, done, share = goal.groups()
+    assert int(total) > 1000
+    assert int(done) / int(total) >= 0.95
+    assert float(share) == round(100 * int(done) / int(total), 1)
+    assert set(re.findall(r'^\| refused \| ([^|]+) \|', page, re.M)) <= {r.value for r in Refusal}
+    assert '| failed | ' not in page.replace('| failed | fails anyway |', '')
 
 
 @pytest.mark.parametrize('name', REFUSED)
