@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import functools
-import os
 import re
 import sys
 import warnings
@@ -16,9 +14,11 @@ from typing import Any
 
 from mmengine.config import Config, ConfigDict, DictAction
 
+from . import configs, nests
 from ._install import pinned
 from .archs import ArchError
 from .checkpoint import CheckpointMismatchError
+from .releases import first_with
 from .runtime import UserError
 
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
@@ -58,13 +58,18 @@ def _unregistered(message: str) -> str:
             f'The config uses {name} without importing it; add '
             "custom_imports = dict(imports=['pvt_mm'], allow_failed_imports=False)."
         )
-    found = f'{package} {import_module(package).__version__}, which is installed, has no {name}'
-    pin = pinned(package)
-    if pin.endswith(f'=={import_module(package).__version__}'):
+    version = import_module(package).__version__
+    found = f'{package} {version}, which is installed, has no {name}'
+    release, pin = first_with(package, name), pinned(package)
+    if release and release.startswith('onedl-') and not pin.startswith('onedl-'):
+        return f'{found}; {release}, of the maintained fork, has it: make install STACK=onedl.'
+    if pin.endswith(f'=={version}'):
         return (
             f'{found}; check the name, or if another package has it, name that in '
             'custom_imports = dict(imports=[...]).'
         )
+    if release:
+        return f'{found}; {release} was the first to have it: pip install {pin}.'
     return f'{found}; the configs of pvt_mm are made for {pin}: pip install {pin}.'
 
 
@@ -74,7 +79,7 @@ def load_config(
     """Load a config, apply ``--cfg-options`` and ``--data-root``, and name its work dir.
 
     Args:
-        path: A config file.
+        path: A config file, or a name such as ``mmdet::retinanet/FILE.py``.
         cfg_options: Keys with dots, and their values. A bare ``data_root``, which mmengine would
             take and ignore, is treated as the argument of that name.
         data_root: Where the data set lies; replaces the config's own root everywhere.
@@ -82,13 +87,7 @@ def load_config(
     Raises:
         UserError: Where the file is missing or is no config, or it has several data roots.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f'There is no config {path}; {_nearest(file)}')
-    try:
-        cfg = Config.fromfile(file)
-    except (SyntaxError, KeyError, TypeError, ImportError, OSError) as error:
-        raise UserError(f'The config {path} does not load: {error}.') from error
+    cfg = configs.load(path)
     options = dict(cfg_options or {})
     data_root = data_root or options.pop('data_root', None)
     if options:
@@ -96,22 +95,8 @@ def load_config(
     if data_root:
         set_data_root(cfg, data_root)
     if cfg.get('work_dir') is None:
-        cfg.work_dir = str(Path('work_dirs') / file.stem)
+        cfg.work_dir = str(Path('work_dirs') / Path(path).stem)
     return cfg
-
-
-def _nearest(file: Path) -> str:
-    """Name the configs, of the same folder or of pvt_mm, that come near one that is not there."""
-    bundled = Path(__file__).parent / '.mim' / 'configs' / 'pvt'
-    found = {
-        path.name: os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
-        for folder in (bundled.resolve(), file.parent.resolve())
-        for path in folder.glob('*.py')
-    }
-    near = difflib.get_close_matches(f'{file.stem}.py', found, n=3)
-    if not near:
-        return 'check the path.'
-    return f'did you mean {" or ".join(found[name] for name in near)}?'
 
 
 def set_data_root(cfg: Config, root: str) -> None:
@@ -257,7 +242,7 @@ def add_checkpoint_hook(cfg: Config) -> None:
 
 def without_pretrained(cfg: Config) -> None:
     """Remove ``Pretrained`` initialisations from a model that a checkpoint will fill anyway."""
-    for node in _dicts(cfg._cfg_dict['model']):
+    for node in nests.dicts(cfg._cfg_dict['model']):
         init_cfg = node.get('init_cfg')
         if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained':
             node['init_cfg'] = None
@@ -299,7 +284,7 @@ def enable_tta(cfg: Config, task: str) -> None:
         UserError: For instance segmentation, which mmdet cannot merge.
     """
     if task == 'mmdet':
-        if any('mask_head' in node for node in _dicts(cfg._cfg_dict['model'])):
+        if any('mask_head' in node for node in nests.dicts(cfg._cfg_dict['model'])):
             raise UserError(
                 '--tta: mmdet merges boxes but not instance masks; test this config without --tta.'
             )
@@ -313,15 +298,6 @@ def enable_tta(cfg: Config, task: str) -> None:
         cfg.setdefault('tta_pipeline', _flip_pipeline(next(datasets(cfg, ['test_dataloader']))))
     next(datasets(cfg, ['test_dataloader'])).pipeline = cfg.tta_pipeline
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
-
-
-def _dicts(node: Any) -> Iterator[dict]:
-    if isinstance(node, dict):
-        yield node
-        node = list(node.values())
-    if isinstance(node, (list, tuple)):
-        for child in node:
-            yield from _dicts(child)
 
 
 def _flip_pipeline(data: ConfigDict) -> list[dict]:

@@ -64,17 +64,8 @@ DIFFERENCES = {
     'absolute_pos_embed': 'A key of Swin without decay, which names nothing in a PVT.',
     'relative_position_bias_table': 'Another key of Swin, which names nothing in a PVT.',
 }
-COMPARED = {
-    'file',
-    'source',
-    'backbone',
-    'neck',
-    'optimizer',
-    'grad_clip',
-    'lr_config',
-    'runner',
-    'samples_per_gpu',
-}
+COMPARED = {'file', 'source', 'backbone', 'neck', 'optimizer', 'grad_clip', 'lr_config', 'runner',
+            'samples_per_gpu'}
 
 
 # For each `mmdet::` base mmengine parses every metafile of mmdet: most of a config's loading time.
@@ -124,10 +115,8 @@ def published_schedule(recipe):
     if is_segmentation(recipe):
         return dict(iterations=runner['max_iters'], power=steps['power'], end=steps['min_lr'])
     return dict(
-        epochs=runner.get('max_epochs', 12),
-        steps=steps.get('step', [8, 11]),
-        warmup=None if recipe['file'].startswith('detr') else (0.001, 500),
-    )
+        epochs=runner.get('max_epochs', 12), steps=steps.get('step', [8, 11]),
+        warmup=None if recipe['file'].startswith('detr') else (0.001, 500))
 
 
 def published_optimizer(recipe):
@@ -154,9 +143,8 @@ def schedule(cfg):
     for ramp in warmup:
         assert (ramp.type, ramp.by_epoch) == ('LinearLR', False)
     ramps = [(ramp.start_factor, ramp.end) for ramp in warmup]
-    return dict(
-        epochs=cfg.train_cfg.max_epochs, steps=steps.milestones, warmup=ramps[0] if ramps else None
-    )
+    return dict(epochs=cfg.train_cfg.max_epochs, steps=steps.milestones,
+                warmup=ramps[0] if ramps else None)
 
 
 def without_scope(cfg):
@@ -201,8 +189,7 @@ def test_recipe_equals_the_reference(name):
     assert recipe['pretrained'].endswith(weights)
     assert backbone.init_cfg == dict(
         type='Pretrained',
-        checkpoint=f'https://github.com/whai362/PVT/releases/download/v2/{weights}',
-    )
+        checkpoint=f'https://github.com/whai362/PVT/releases/download/v2/{weights}')
 
     neck = without_scope(cfg.model.neck)
     if recipe['neck'] is None:
@@ -232,10 +219,8 @@ def published_figures(name):
         figures = PUBLISHED['semantic_fpn_40k_miou'].get(arch, [])
     else:
         table = dict(
-            retinanet='retinanet_1x_box_ap',
-            mask_rcnn='mask_rcnn_1x_box_mask_ap',
-            detr='detr_50ep_box_ap',
-        ).get(head)
+            retinanet='retinanet_1x_box_ap', mask_rcnn='mask_rcnn_1x_box_mask_ap',
+            detr='detr_50ep_box_ap').get(head)
         figures = PUBLISHED.get(table, {}).get(arch + '_640' * name.endswith('_640.py'), [])
     if isinstance(figures, dict):
         figures = figures['code']
@@ -278,10 +263,8 @@ def test_readme_examples_build(example, tmp_path):
     assert outputs[0].shape[-2:] == (16, 24)
 
 
-@pytest.mark.parametrize(
-    ('name', 'shorter'),
-    [('retinanet_pvt_s_fpn_1x_coco.py', 800), ('retinanet_pvt_s_fpn_1x_coco_640.py', 640)],
-)
+@pytest.mark.parametrize(('name', 'shorter'), [
+    ('retinanet_pvt_s_fpn_1x_coco.py', 800), ('retinanet_pvt_s_fpn_1x_coco_640.py', 640)])
 def test_image_size(name, shorter):
     """The 640 recipe trains, validates and tests on a shorter side of 640."""
     cfg = load(name)
@@ -322,7 +305,8 @@ def test_3x_of_the_first_version(name):
     assert cfg.auto_scale_lr == once.auto_scale_lr
     assert schedule(cfg) == {**schedule(once), 'epochs': 36, 'steps': [27, 33]}
     steps = without_scope(cfg.train_dataloader.dataset.pipeline)
-    assert steps[2] == dict(type='RandomResize', scale=[(1333, 640), (1333, 800)], keep_ratio=True)
+    assert steps[2] == dict(
+        type='RandomResize', scale=[(1333, 640), (1333, 800)], keep_ratio=True)
     steps[2] = without_scope(once.train_dataloader.dataset.pipeline)[2]
     assert steps == without_scope(once.train_dataloader.dataset.pipeline)
 
@@ -401,8 +385,7 @@ def test_builds_and_channels_agree(name):
         features = model.backbone(torch.zeros(1, 3, 64, 96))
         stages = cfg.model.backbone.get('out_indices', (0, 1, 2, 3))
         assert [tuple(feature.shape) for feature in features] == [
-            (1, cfg.out_channels[stage], 16 >> stage, 24 >> stage) for stage in stages
-        ]
+            (1, cfg.out_channels[stage], 16 >> stage, 24 >> stage) for stage in stages]
         if is_segmenter:
             assert model.decode_head(features).shape == (1, 150, 2, 3)
             return

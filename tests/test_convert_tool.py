@@ -12,7 +12,10 @@ from pvt_mm.runtime import read_checkpoint
 
 FORMATS = ('official', 'timm', 'huggingface', 'mmdet', 'pvt_mm')
 PAIRS = [
-    (arch, fmt) for arch in ('tiny', 'b0') for fmt in FORMATS if not (fmt == 'timm' and arch in V1)
+    (arch, fmt)
+    for arch in ('tiny', 'b0')
+    for fmt in FORMATS
+    if not (fmt == 'timm' and arch in V1)
 ]
 
 

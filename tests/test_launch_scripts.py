@@ -10,17 +10,8 @@ import pytest
 
 TOOLS = Path(__file__).parents[1] / 'tools'
 SCRIPTS = sorted(path.name for path in TOOLS.glob('*.sh'))
-LAUNCH_VARIABLES = (
-    'NNODES',
-    'NODE_RANK',
-    'MASTER_ADDR',
-    'PORT',
-    'OMP_NUM_THREADS',
-    'GPUS',
-    'GPUS_PER_NODE',
-    'CPUS_PER_TASK',
-    'SRUN_ARGS',
-)
+LAUNCH_VARIABLES = ('NNODES', 'NODE_RANK', 'MASTER_ADDR', 'PORT', 'OMP_NUM_THREADS', 'GPUS',
+                    'GPUS_PER_NODE', 'CPUS_PER_TASK', 'SRUN_ARGS')
 pytestmark = pytest.mark.skipif(shutil.which('bash') is None, reason='the launchers need bash')
 
 
@@ -36,8 +27,7 @@ def run(tmp_path):
     say = 'printf "%s\\n" "$@"'
     # `python -c` is real: it is how a launcher looks for a free port.
     (fakes / 'python').write_text(
-        f'#!/bin/sh\n[ "$1" = -c ] && exec "{sys.executable}" "$@"\n{say}\n'
-    )
+        f'#!/bin/sh\n[ "$1" = -c ] && exec "{sys.executable}" "$@"\n{say}\n')
     (fakes / 'srun').write_text(f'#!/bin/sh\n{say}\n')
     for fake in fakes.iterdir():
         fake.chmod(0o755)
@@ -45,12 +35,8 @@ def run(tmp_path):
 
     def call(script, *arguments, **environment):
         done = subprocess.run(
-            ['bash', str(tools / script), *arguments],
-            cwd=tmp_path,
-            text=True,
-            capture_output=True,
-            env={**clean, 'PATH': f'{fakes}{os.pathsep}{clean["PATH"]}', **environment},
-        )
+            ['bash', str(tools / script), *arguments], cwd=tmp_path, text=True, capture_output=True,
+            env={**clean, 'PATH': f'{fakes}{os.pathsep}{clean["PATH"]}', **environment})
         return done.returncode, done.stdout.splitlines(), done.stderr
 
     call.tools = tools
@@ -59,7 +45,7 @@ def run(tmp_path):
 
 def after(words, start):
     """The words from `start` on."""
-    return words[words.index(str(start)) :]
+    return words[words.index(str(start)):]
 
 
 @pytest.mark.parametrize('script', SCRIPTS)
@@ -68,17 +54,14 @@ def test_syntax(script):
     subprocess.run(['bash', '-n', str(TOOLS / script)], check=True)
 
 
-@pytest.mark.parametrize(
-    ('script', 'arguments'),
-    [
-        ('dist_train.sh', ['config.py']),
-        ('dist_test.sh', ['config.py', '2']),
-        ('slurm_train.sh', ['partition', 'job']),
-        ('slurm_test.sh', ['partition', 'job', 'config.py']),
-        ('dist_launch.sh', []),
-        ('slurm_launch.sh', []),
-    ],
-)
+@pytest.mark.parametrize(('script', 'arguments'), [
+    ('dist_train.sh', ['config.py']),
+    ('dist_test.sh', ['config.py', '2']),
+    ('slurm_train.sh', ['partition', 'job']),
+    ('slurm_test.sh', ['partition', 'job', 'config.py']),
+    ('dist_launch.sh', []),
+    ('slurm_launch.sh', []),
+])
 def test_too_few_arguments(run, script, arguments):
     """A missing argument gives the usage line and exit code 1, and starts nothing."""
     code, out, err = run(script, *arguments)
@@ -98,13 +81,8 @@ def test_dist_train(run):
     port = next(word for word in out if word.startswith('--master_port='))
     assert 1024 <= int(port.partition('=')[2]) <= 65535
     assert after(out, run.tools / 'train.py') == [
-        str(run.tools / 'train.py'),
-        'my configs/a.py',
-        '--work-dir',
-        'to here',
-        '--launcher',
-        'pytorch',
-    ]
+        str(run.tools / 'train.py'), 'my configs/a.py', '--work-dir', 'to here',
+        '--launcher', 'pytorch']
 
 
 def test_dist_test(run):
@@ -113,12 +91,7 @@ def test_dist_test(run):
     assert code == 0
     assert {'--nproc_per_node=8', '--master_port=29511'} < set(out)
     assert after(out, run.tools / 'test.py') == [
-        str(run.tools / 'test.py'),
-        'a.py',
-        'last one.pth',
-        '--launcher',
-        'pytorch',
-    ]
+        str(run.tools / 'test.py'), 'a.py', 'last one.pth', '--launcher', 'pytorch']
 
 
 def test_two_machines(run):
@@ -130,15 +103,12 @@ def test_two_machines(run):
     assert {'--master_addr=10.0.0.7', '--master_port=29500'} < set(out)
 
 
-@pytest.mark.parametrize(
-    ('gpus', 'environment', 'message'),
-    [
-        ('two', {}, "not 'two'"),
-        ('0', {}, "not '0'"),
-        ('2', dict(NNODES='x'), "NNODES must be a positive integer, not 'x'"),
-        ('2', dict(NNODES='2'), 'needs MASTER_ADDR'),
-    ],
-)
+@pytest.mark.parametrize(('gpus', 'environment', 'message'), [
+    ('two', {}, "not 'two'"),
+    ('0', {}, "not '0'"),
+    ('2', dict(NNODES='x'), "NNODES must be a positive integer, not 'x'"),
+    ('2', dict(NNODES='2'), 'needs MASTER_ADDR'),
+])
 def test_bad_process_counts(run, gpus, environment, message):
     """A wrong number of processes or half a set of addresses is refused in one sentence."""
     code, out, err = run('dist_train.sh', 'a.py', gpus, **environment)
@@ -150,33 +120,14 @@ def test_bad_process_counts(run, gpus, environment, message):
 
 def test_slurm_train(run):
     """One task a GPU, no more GPUS_PER_NODE than GPUS, and SRUN_ARGS split at spaces."""
-    code, out, _ = run(
-        'slurm_train.sh',
-        'gpu',
-        'my job',
-        'a b.py',
-        '--amp',
-        GPUS='4',
-        SRUN_ARGS='--time=1:00 --quiet',
-    )
+    code, out, _ = run('slurm_train.sh', 'gpu', 'my job', 'a b.py', '--amp', GPUS='4',
+                       SRUN_ARGS='--time=1:00 --quiet')
     assert code == 0
-    assert {
-        '--job-name=my job',
-        '--ntasks=4',
-        '--ntasks-per-node=4',
-        '--gres=gpu:4',
-        '--cpus-per-task=5',
-        '--time=1:00',
-        '--quiet',
-    } < set(out)
+    assert {'--job-name=my job', '--ntasks=4', '--ntasks-per-node=4', '--gres=gpu:4',
+            '--cpus-per-task=5', '--time=1:00', '--quiet'} < set(out)
     assert out[:2] == ['-p', 'gpu']
     assert after(out, run.tools / 'train.py') == [
-        str(run.tools / 'train.py'),
-        'a b.py',
-        '--amp',
-        '--launcher',
-        'slurm',
-    ]
+        str(run.tools / 'train.py'), 'a b.py', '--amp', '--launcher', 'slurm']
 
 
 def test_slurm_test(run):
@@ -185,9 +136,4 @@ def test_slurm_test(run):
     assert code == 0
     assert {'--ntasks=16', '--ntasks-per-node=8', '--gres=gpu:8', '--cpus-per-task=3'} < set(out)
     assert after(out, run.tools / 'test.py') == [
-        str(run.tools / 'test.py'),
-        'a.py',
-        'b.pth',
-        '--launcher',
-        'slurm',
-    ]
+        str(run.tools / 'test.py'), 'a.py', 'b.pth', '--launcher', 'slurm']

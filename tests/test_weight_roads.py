@@ -542,7 +542,9 @@ def site(tmp_path, monkeypatch):
 
 
 def start_from(url):
-    backbone = backbone_class('b0')(narrow('b0'), init_cfg=dict(type='Pretrained', checkpoint=url))
+    backbone = backbone_class('b0')(
+        narrow('b0'), init_cfg=dict(type='Pretrained', checkpoint=url)
+    )
     backbone.init_weights()
     return backbone
 

@@ -22,7 +22,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
@@ -33,7 +32,7 @@ import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from pvt_mm import cli, runtime
+from pvt_mm import cli, configs, nests, runtime
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / 'configs'
@@ -110,7 +109,7 @@ def shrink_images(cfg: Config) -> None:
     """Scale every image size of a recipe alike, so that test images have a short side of SIDE."""
     sizes = [
         step['scale']
-        for step in dicts(cfg.test_dataloader.dataset.pipeline)
+        for step in nests.dicts(cfg.test_dataloader.dataset.pipeline)
         if step.get('type') == 'Resize'
     ]
     factor = SIDES.get(cfg.model.type, SIDE) / min(sizes[0])
@@ -121,29 +120,11 @@ def shrink_images(cfg: Config) -> None:
         return max(1, round(value * factor))
 
     for loader in cli.LOADERS:
-        for step in dicts(cfg[loader].dataset.pipeline):
+        for step in nests.dicts(cfg[loader].dataset.pipeline):
             for key in {'scale', 'scales', 'crop_size'} & set(step):
                 step[key] = scaled(step[key])
     if cfg.model.data_preprocessor.get('size'):
         cfg.model.data_preprocessor['size'] = scaled(cfg.model.data_preprocessor['size'])
-
-
-def dicts(node: Any) -> Iterator[dict]:
-    """Yield every dict in a nest of dicts and lists, once even where it is shared."""
-    seen: set[int] = set()
-
-    def walk(node: Any) -> Iterator[dict]:
-        if isinstance(node, dict):
-            if id(node) in seen:
-                return
-            seen.add(id(node))
-            yield node
-            node = list(node.values())
-        if isinstance(node, (list, tuple)):
-            for child in node:
-                yield from walk(child)
-
-    return walk(node)
 
 
 def set_classes(cfg: Config, task: str, data: Path) -> None:
@@ -158,7 +139,7 @@ def set_classes(cfg: Config, task: str, data: Path) -> None:
         dataset['metainfo'] = dict(classes=classes, palette=palette)
         if task == 'mmseg':  # ADE20KDataset accepts its own 150 classes alone; this is its base
             dataset.update(type='BaseSegDataset', reduce_zero_label=True)
-    for part in dicts(cfg.model):
+    for part in nests.dicts(cfg.model):
         if 'num_classes' in part:
             part['num_classes'] = len(classes)
         if 'score_thr' in part:
@@ -182,7 +163,7 @@ def shorten(cfg: Config, iterations: int) -> None:
         if scheduler.type == 'LinearLR':
             scheduler['end'] = 2  # the warm-up: one iteration
         elif scheduler.type == 'PolyLR':
-            scheduler['end'] = iterations + 1
+            scheduler.update(begin=min(scheduler.get('begin', 0), 1), end=iterations + 1)
 
 
 # One run, in a process of its own
@@ -320,8 +301,12 @@ def find_configs(patterns: list[str]) -> list[Path]:
             path for path in matches if path.suffix == '.py' and not path.name.startswith('demo_')
         }
         if not matches:
+            hint = configs.nearest(
+                pattern.strip('*'), (path.name for path in find_configs(['*.py']))
+            )
             raise runtime.UserError(
-                f'--pattern {pattern}: no config has such a name; quote it and see configs/.'
+                f'--pattern {pattern}: no config has such a name; '
+                f'{hint or "quote it and see configs/."}'
             )
         found |= matches
     return sorted(found)
