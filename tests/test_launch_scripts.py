@@ -113,7 +113,7 @@ def test_two_machines(run):
     ('2', dict(PORT='70000'), "not '70000'"),
 ])
 def test_bad_numbers(run, gpus, environment, message):
-    """A wrong number of processes, a port that is none or half an address is refused in a sentence."""
+    """A wrong number of processes, a port that is none, half an address: refused in a sentence."""
     code, out, err = run('dist_train.sh', 'a.py', gpus, **environment)
     assert (code, out) == (1, [])
     assert err.startswith('error: ')

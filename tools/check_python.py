@@ -32,16 +32,16 @@ def library_names(tree: ast.Module) -> Iterator[tuple[str, str, int]]:
         if isinstance(node, ast.Import):
             for alias in filter(is_library, node.names):
                 yield alias.name, '', node.lineno
-                aliases[alias.asname or alias.name.partition('.')[0]] = (
-                    alias.name if alias.asname else alias.name.partition('.')[0]
-                )
+                top = alias.name.partition('.')[0]
+                aliases[alias.asname or top] = alias.name if alias.asname else top
         elif isinstance(node, ast.ImportFrom) and not node.level and is_library(node):
             for alias in node.names:
                 yield str(node.module), alias.name, node.lineno
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            if node.value.id in aliases:
-                yield aliases[node.value.id], node.attr, node.lineno
+        if not isinstance(node, ast.Attribute) or not isinstance(node.value, ast.Name):
+            continue
+        if node.value.id in aliases:
+            yield aliases[node.value.id], node.attr, node.lineno
 
 
 def is_library(node: ast.alias | ast.ImportFrom) -> bool:
