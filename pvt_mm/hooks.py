@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mmengine.dist import all_reduce_params
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
@@ -41,3 +42,18 @@ class PVTCheckpointHook(Hook):
         # On resuming, mmengine would run this text as Python to look for an old key.
         if isinstance(checkpoint.get('meta'), dict):
             checkpoint['meta'].pop('config', None)
+
+
+@HOOKS.register_module()
+class SharedStatisticsHook(Hook):
+    """Average BatchNorm's statistics over the ranks after every iteration of a training.
+
+    SyncBN needs CUDA. With plain BN each rank would validate with statistics of its own, and a
+    checkpoint would hold the first rank's.
+    """
+
+    priority = 'VERY_HIGH'
+
+    def after_train_iter(self, runner: Any, *args: Any, **kwargs: Any) -> None:
+        """Average all buffers of the model, which differ in nothing else."""
+        all_reduce_params(runner.model.buffers(), op='mean')

@@ -218,6 +218,7 @@ def _launch_gloo(cfg: Config) -> None:
         broadcast_buffers=False,
         find_unused_parameters=cfg.get('find_unused_parameters', False),
     )
+    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='SharedStatisticsHook')]
 
 
 def _loopback() -> str:

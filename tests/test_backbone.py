@@ -303,6 +303,8 @@ def test_exports_with_dynamic_sizes(variant):
         ({'arch': {'dims': (1, 2, 3, 4)}}, 'needs the keys depths, dims'),
         ({'arch': {**SMALL, 'linear': True}}, 'needs the keys'),
         ({'arch': {**SMALL, 'depths': (1, 1)}}, 'must have 4 values'),
+        ({'arch': {**SMALL, 'depths': (1, 0, 1, 1)}}, 'positive whole numbers, got .1, 0, 1, 1.'),
+        ({'arch': {**SMALL, 'sr_ratios': (8, 4, 2.5, 1)}}, 'positive whole numbers'),
         ({'arch': {**SMALL, 'num_heads': (3, 2, 5, 8)}}, 'width of 16 does not split into 3'),
         ({'out_indices': ()}, 'must name stages 0 to 3'),
         ({'out_indices': (1, 4)}, 'must name stages 0 to 3'),

@@ -6,8 +6,6 @@ import os
 import pickle
 import re
 import shutil
-import subprocess
-import sys
 
 import cv2
 import numpy as np
@@ -115,26 +113,6 @@ def test_test_time_augmentation_runs(task, trained, run_tool, tmp_path):
     config, data, _, checkpoint = trained(task)
     run_tool('test', config, checkpoint, *data, '--tta', '--work-dir', tmp_path / 'tta')
     assert has_score(tmp_path / 'tta', task)
-
-
-def test_two_processes_train_over_gloo(small_config, demo_data, tmp_path):
-    """The launch script trains without CUDA in two processes, which halve the iterations."""
-    config = small_config('seg')
-    command = ['bash', REPO / 'tools/dist_train.sh', config, '2', '--work-dir', tmp_path / 'dist']
-    done = subprocess.run(
-        [*map(str, command), '--data-root', str(demo_data / 'ade'), '--seed', '1'],
-        cwd=tmp_path,
-        env={**os.environ, 'PATH': f'{os.path.dirname(sys.executable)}:{os.environ["PATH"]}'},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert np.isfinite(losses(tmp_path / 'dist')).all()
-    log = next((tmp_path / 'dist').glob('*/*.log')).read_text()
-    assert 'SyncBN' not in log.split('Config:')[-1], 'SyncBN needs CUDA'
-    assert 'Distributed launcher: pytorch' in log and 'GPU number: 2' in log
 
 
 def test_same_seed_same_losses(trained, tmp_path, small_config, run_tool):
