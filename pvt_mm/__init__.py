@@ -10,7 +10,7 @@ with warnings.catch_warnings():
     register_config_packages()
 
 from .checkpoint import CheckpointMismatchError, convert_checkpoint  # noqa: E402
-from .hooks import PVTCheckpointHook  # noqa: E402
+from .hooks import NonFiniteHook, PVTCheckpointHook  # noqa: E402
 from .pvt import PVT  # noqa: E402
 from .pvt_v2 import PVTv2  # noqa: E402
 from .swap import swap_backbone  # noqa: E402
@@ -19,6 +19,7 @@ from .version import __version__  # noqa: E402
 __all__ = [
     'PVT',
     'CheckpointMismatchError',
+    'NonFiniteHook',
     'PVTCheckpointHook',
     'PVTv2',
     '__version__',

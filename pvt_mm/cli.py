@@ -240,6 +240,13 @@ def add_checkpoint_hook(cfg: Config) -> None:
         cfg.custom_hooks = [*hooks, dict(type='PVTCheckpointHook')]
 
 
+def add_hook(cfg: Config, kind: str) -> None:
+    """Add a hook to a config that has none of its type."""
+    hooks = list(cfg.get('custom_hooks') or [])
+    if not any(hook.get('type') == kind for hook in hooks):
+        cfg.custom_hooks = [*hooks, dict(type=kind)]
+
+
 def without_pretrained(cfg: Config) -> None:
     """Remove ``Pretrained`` initialisations from a model that a checkpoint will fill anyway."""
     for node in nests.dicts(cfg._cfg_dict['model']):

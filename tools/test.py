@@ -9,7 +9,7 @@ import os
 
 from mmengine.runner import Runner
 
-from pvt_mm import cli, runtime
+from pvt_mm import cli, data_guard, runtime
 
 
 def parse_args() -> argparse.Namespace:
@@ -40,6 +40,7 @@ def main() -> None:
     cfg = cli.load_config(args.config, args.cfg_options, args.data_root)
     task = cli.task_of(cfg)
     cli.check_data(cfg, ('test_dataloader',))
+    data_guard.check_classes(cfg, args.config, ('test_dataloader',))
     cli.check_checkpoint(args.checkpoint)
     cfg.launcher = args.launcher
     os.environ.setdefault('LOCAL_RANK', '0')
@@ -57,7 +58,9 @@ def main() -> None:
     cli.without_pretrained(cfg)
     cli.add_checkpoint_hook(cfg)
     runtime.setup(cfg)
-    Runner.from_cfg(cfg).test()
+    runner = Runner.from_cfg(cfg)
+    data_guard.guard_loading(runner, args.config)
+    runner.test()
     runtime.leave_together()
 
 

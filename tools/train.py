@@ -9,7 +9,7 @@ import os
 
 from mmengine.runner import Runner
 
-from pvt_mm import cli, runtime
+from pvt_mm import cli, data_guard, runtime
 
 
 def parse_args() -> argparse.Namespace:
@@ -37,6 +37,11 @@ def parse_args() -> argparse.Namespace:
         help="scale the learning rate to the total batch; iterations stay the config's",
     )
     parser.add_argument('--seed', type=int, help='seed of all random numbers (default: random)')
+    parser.add_argument(
+        '--skip-bad-images',
+        action='store_true',
+        help='warn and take another image where one cannot be loaded (default: stop and name it)',
+    )
     cli.add_common_arguments(parser)
     return parser.parse_args()
 
@@ -47,6 +52,7 @@ def main() -> None:
     cfg = cli.load_config(args.config, args.cfg_options, args.data_root)
     cli.task_of(cfg)
     cli.check_data(cfg, ('train_dataloader', 'val_dataloader'))
+    data_guard.check_classes(cfg, args.config, ('train_dataloader', 'val_dataloader'))
     cfg.launcher = args.launcher
     os.environ.setdefault('LOCAL_RANK', '0')
     if args.work_dir:
@@ -65,8 +71,11 @@ def main() -> None:
         cfg.load_from = None if args.resume == 'auto' else args.resume
     cli.check_checkpoint(cfg.get('load_from'))
     cli.add_checkpoint_hook(cfg)
+    cli.add_hook(cfg, 'NonFiniteHook')
     runtime.setup(cfg)
-    Runner.from_cfg(cfg).train()
+    runner = Runner.from_cfg(cfg)
+    data_guard.guard_loading(runner, args.config, args.skip_bad_images)
+    runner.train()
     runtime.leave_together()
 
 
