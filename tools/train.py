@@ -9,7 +9,7 @@ import os
 
 from mmengine.runner import Runner
 
-from pvt_mm import cli, runtime
+from pvt_mm import cli, resume, runtime
 
 
 def parse_args() -> argparse.Namespace:
@@ -23,7 +23,7 @@ def parse_args() -> argparse.Namespace:
         nargs='?',
         const='auto',
         metavar='PATH',
-        help='go on from PATH, or from the newest checkpoint in the work dir',
+        help='go on from PATH, or from the newest checkpoint in the work dir if there is one',
     )
     parser.add_argument(
         '--load-from', metavar='PATH', help='start from the weights of a checkpoint'
@@ -37,6 +37,11 @@ def parse_args() -> argparse.Namespace:
         help="scale the learning rate to the total batch; iterations stay the config's",
     )
     parser.add_argument('--seed', type=int, help='seed of all random numbers (default: random)')
+    parser.add_argument(
+        '--deterministic',
+        action='store_true',
+        help='only operations that give the same numbers each time (docs/resume.md)',
+    )
     cli.add_common_arguments(parser)
     return parser.parse_args()
 
@@ -58,15 +63,21 @@ def main() -> None:
         cli.enable_auto_scale_lr(cfg)
     if args.seed is not None:
         cfg.randomness = dict(cfg.get('randomness', {}), seed=args.seed)
+    if args.deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # CUDA's products need it
+        cfg.randomness = dict(cfg.get('randomness', {}), deterministic=True)
     if args.load_from:
         cfg.load_from = args.load_from
-    if args.resume:
-        cfg.resume = True
-        cfg.load_from = None if args.resume == 'auto' else args.resume
+    if args.resume == 'auto':
+        cfg.resume = 'auto'
+    elif args.resume:
+        cfg.resume, cfg.load_from = True, args.resume
     cli.check_checkpoint(cfg.get('load_from'))
     cli.add_checkpoint_hook(cfg)
     runtime.setup(cfg)
-    Runner.from_cfg(cfg).train()
+    resume.setup(cfg)
+    with resume.clear_errors(cfg.work_dir):
+        Runner.from_cfg(cfg).train()
     runtime.leave_together()
 
 
