@@ -13,6 +13,7 @@ from .checkpoint import CheckpointMismatchError, convert_checkpoint  # noqa: E40
 from .hooks import NonFiniteHook, PVTCheckpointHook  # noqa: E402
 from .pvt import PVT  # noqa: E402
 from .pvt_v2 import PVTv2  # noqa: E402
+from .resume import ResumableBatchSampler, ResumableCheckpointHook  # noqa: E402
 from .swap import swap_backbone  # noqa: E402
 from .version import __version__  # noqa: E402
 
@@ -22,6 +23,8 @@ __all__ = [
     'NonFiniteHook',
     'PVTCheckpointHook',
     'PVTv2',
+    'ResumableBatchSampler',
+    'ResumableCheckpointHook',
     '__version__',
     'convert_checkpoint',
     'swap_backbone',

@@ -9,7 +9,7 @@ import os
 
 from mmengine.runner import Runner
 
-from pvt_mm import cli, data_guard, runtime
+from pvt_mm import cli, data_guard, resume, runtime
 
 
 def parse_args() -> argparse.Namespace:
@@ -23,7 +23,7 @@ def parse_args() -> argparse.Namespace:
         nargs='?',
         const='auto',
         metavar='PATH',
-        help='go on from PATH, or from the newest checkpoint in the work dir',
+        help='go on from PATH, or from the newest checkpoint in the work dir if there is one',
     )
     parser.add_argument(
         '--load-from', metavar='PATH', help='start from the weights of a checkpoint'
@@ -41,6 +41,11 @@ def parse_args() -> argparse.Namespace:
         '--skip-bad-images',
         action='store_true',
         help='warn and take another image where one cannot be loaded (default: stop and name it)',
+    )
+    parser.add_argument(
+        '--deterministic',
+        action='store_true',
+        help='only operations that give the same numbers each time (docs/resume.md)',
     )
     cli.add_common_arguments(parser)
     return parser.parse_args()
@@ -64,18 +69,24 @@ def main() -> None:
         cli.enable_auto_scale_lr(cfg)
     if args.seed is not None:
         cfg.randomness = dict(cfg.get('randomness', {}), seed=args.seed)
+    if args.deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # CUDA's products need it
+        cfg.randomness = dict(cfg.get('randomness', {}), deterministic=True)
     if args.load_from:
         cfg.load_from = args.load_from
-    if args.resume:
-        cfg.resume = True
-        cfg.load_from = None if args.resume == 'auto' else args.resume
+    if args.resume == 'auto':
+        cfg.resume = 'auto'
+    elif args.resume:
+        cfg.resume, cfg.load_from = True, args.resume
     cli.check_checkpoint(cfg.get('load_from'))
     cli.add_checkpoint_hook(cfg)
     cli.add_hook(cfg, 'NonFiniteHook')
     runtime.setup(cfg)
-    runner = Runner.from_cfg(cfg)
-    data_guard.guard_loading(runner, args.config, args.skip_bad_images)
-    runner.train()
+    resume.setup(cfg)
+    with resume.clear_errors(cfg.work_dir):
+        runner = Runner.from_cfg(cfg)
+        data_guard.guard_loading(runner, args.config, args.skip_bad_images)
+        runner.train()
     runtime.leave_together()
 
 
