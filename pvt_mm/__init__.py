@@ -11,6 +11,7 @@ with warnings.catch_warnings():
 
 from .checkpoint import CheckpointMismatchError, convert_checkpoint  # noqa: E402
 from .hooks import PVTCheckpointHook  # noqa: E402
+from .optim import PVTOptimWrapperConstructor  # noqa: E402
 from .pvt import PVT  # noqa: E402
 from .pvt_v2 import PVTv2  # noqa: E402
 from .swap import swap_backbone  # noqa: E402
@@ -20,6 +21,7 @@ __all__ = [
     'PVT',
     'CheckpointMismatchError',
     'PVTCheckpointHook',
+    'PVTOptimWrapperConstructor',
     'PVTv2',
     '__version__',
     'convert_checkpoint',
