@@ -211,6 +211,19 @@ def convert_checkpoint(
     return {f'backbone.{key}': value for key, value in converted.items()} | rest
 
 
+def bare_backbone(state_dict: Mapping[str, Any], arch: str | None = None) -> dict[str, Tensor]:
+    """Convert a backbone's or classifier's weights to pvt_mm's format, without the classifier.
+
+    Arguments and errors are those of :func:`convert_checkpoint`.
+    """
+    converted = convert_checkpoint(state_dict, 'pvt_mm', arch)
+    return {
+        key: tensor
+        for key, tensor in converted.items()
+        if match(key, PVT_MM)[0].part not in CLASSIFICATION_PARTS
+    }
+
+
 def _target_format(name: str, arch: Arch | None) -> Format:
     formats = [fmt for fmt in FORMATS if fmt.name == name]
     if not formats:

@@ -1,4 +1,4 @@
-"""What only classification needs: PVT's class token, and the head that turns features into logits."""
+"""What only classification needs: PVT's class token, and the head that computes logits."""
 
 from __future__ import annotations
 

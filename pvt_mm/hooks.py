@@ -39,9 +39,7 @@ class PVTCheckpointHook(Hook):
             checkpoint['meta'].pop('config', None)
 
 
-def _prefixed(
-    weights: dict[str, Any], backbones: list[str], heads: list[str]
-) -> dict[str, Any]:
+def _prefixed(weights: dict[str, Any], backbones: list[str], heads: list[str]) -> dict[str, Any]:
     """Put bare weights in their places: the classifier in the heads, where there are any."""
     classifier = head_tensors(weights) if heads else {}
     taken = {id(tensor) for tensor in classifier.values()}

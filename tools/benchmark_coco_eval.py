@@ -56,7 +56,8 @@ def made_up(
             )
         # Half of the detections are objects moved by some pixels, half are anywhere.
         near = random.integers(0, len(objects), detections // 2)
-        moved = objects[near] + random.normal(0, 0.08, (len(near), 4)) * objects[near][:, [2, 3, 2, 3]]
+        sides = objects[near][:, [2, 3, 2, 3]]
+        moved = objects[near] + random.normal(0, 0.08, (len(near), 4)) * sides
         boxes = np.concatenate([moved, random_boxes(detections - len(near), random)])
         guesses = random.integers(1, classes + 1, detections - len(near))
         scores = np.concatenate([random.beta(3, 2, len(near)), random.beta(1, 4, len(guesses))])

@@ -4,16 +4,16 @@ default_scope = 'mmpretrain'
 custom_imports = dict(imports=['pvt_mm'], allow_failed_imports=False)
 custom_hooks = [dict(type='PVTCheckpointHook')]
 
+mean, std = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
 # PVTHead averages a map, or takes the class token, and spreads labels by the smoothing.
 model = dict(
     type='ImageClassifier',
+    data_preprocessor=dict(num_classes=1000, mean=mean, std=std, to_rgb=True),
     backbone=dict(out_indices=(3,)),
     head=dict(type='PVTHead', num_classes=1000, label_smoothing=0.1),
     train_cfg=dict(augments=[dict(type='Mixup', alpha=0.8), dict(type='CutMix', alpha=1.0)]))
-data_preprocessor = dict(
-    num_classes=1000, mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True)
 
-bgr_mean, bgr_std = data_preprocessor['mean'][::-1], data_preprocessor['std'][::-1]
+bgr_mean, bgr_std = mean[::-1], std[::-1]
 bicubic = dict(backend='pillow', interpolation='bicubic')
 train_pipeline = [
     dict(type='LoadImageFromFile'),
