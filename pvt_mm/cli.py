@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from .checkpoint import CheckpointMismatchError
 from .releases import first_with
 from .runtime import UserError
 
+CODEBASES = ('mmdet', 'mmseg', 'mmpretrain')
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 
 
@@ -74,20 +76,27 @@ def _unregistered(message: str) -> str:
 
 
 def load_config(
-    path: str, cfg_options: dict[str, Any] | None = None, data_root: str | None = None
+    path: str,
+    cfg_options: dict[str, Any] | None = None,
+    data_root: str | None = None,
+    training_options: Sequence[str] = (),
 ) -> Config:
-    """Load a config, apply ``--cfg-options`` and ``--data-root``, and name its work dir.
+    """Load a config, apply ``--option``, ``--cfg-options``, ``--data-root``, name its work dir.
 
     Args:
         path: A config file, or a name such as ``mmdet::retinanet/FILE.py``.
         cfg_options: Keys with dots, and their values. A bare ``data_root``, which mmengine would
             take and ignore, is treated as the argument of that name.
         data_root: Where the data set lies; replaces the config's own root everywhere.
+        training_options: Names of files in ``configs/_base_/options``.
 
     Raises:
-        UserError: Where the file is missing or is no config, or it has several data roots.
+        UserError: Where the file is missing or is no config, it has several data roots, or there is
+            no such option.
     """
     cfg = configs.load(path)
+    for name in training_options:
+        add_training_option(cfg, name)
     options = dict(cfg_options or {})
     data_root = data_root or options.pop('data_root', None)
     if options:
@@ -97,6 +106,22 @@ def load_config(
     if cfg.get('work_dir') is None:
         cfg.work_dir = str(Path('work_dirs') / Path(path).stem)
     return cfg
+
+
+def add_training_option(cfg: Config, name: str) -> None:
+    """Merge an option of ``configs/_base_/options`` into a config.
+
+    An option's file names what it changes ``KEY_NAME``, such as ``optim_wrapper_layer_decay``, so
+    that it can stand among a leaf's bases, where mmengine refuses a key that another one sets.
+
+    Raises:
+        UserError: Where there is no such option.
+    """
+    files = {file.stem: file for file in (configs.BUNDLED / '_base_' / 'options').glob('*.py')}
+    if name not in files:
+        raise UserError(f'There is no option {name!r}; choose of {", ".join(sorted(files))}.')
+    option = Config.fromfile(files[name])
+    cfg.merge_from_dict({key.removesuffix(f'_{name}'): option[key] for key in option})
 
 
 def set_data_root(cfg: Config, root: str) -> None:
@@ -154,7 +179,9 @@ def check_data(cfg: Config, loaders: Sequence[str]) -> None:
     """
     for data in datasets(cfg, loaders):
         root = Path(data.get('data_root') or '')
-        places = [data.get('ann_file'), *(data.get('data_prefix') or {}).values()]
+        prefix = data.get('data_prefix') or {}
+        folders = [prefix] if isinstance(prefix, str) else prefix.values()
+        places = [data.get('ann_file'), data.get('split'), *folders]
         for place in places:
             # URLs and paths of other storage are not ours to check.
             if (
@@ -170,16 +197,25 @@ def check_data(cfg: Config, loaders: Sequence[str]) -> None:
                 )
 
 
-def task_of(cfg: Config) -> str:
-    """Return ``'mmdet'`` or ``'mmseg'``, the codebase that a config is written for.
+def task_of(cfg: Config, codebases: Sequence[str] = ('mmdet', 'mmseg')) -> str:
+    """Return the codebase that a config is written for.
+
+    Args:
+        cfg: A config.
+        codebases: Those that the tool serves.
 
     Raises:
-        UserError: Where it is neither.
+        UserError: Where it is another one, or not installed.
     """
     scope = cfg.get('default_scope')
-    if scope not in ('mmdet', 'mmseg'):
+    if scope not in codebases:
+        served = f'{", ".join(codebases[:-1])} and {codebases[-1]}'
         raise UserError(
-            f'The config has default_scope={scope!r}; this tool serves mmdet and mmseg configs.'
+            f'The config has default_scope={scope!r}; this tool serves {served} configs.'
+        )
+    if scope == 'mmpretrain' and find_spec(scope) is None:
+        raise UserError(
+            "Classification needs mmpretrain and torchvision: pip install 'pvt-mm[classification]'."
         )
     return scope
 
@@ -199,6 +235,11 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         choices=('none', 'pytorch', 'slurm', 'mpi'),
         default='none',
         help='set by the launch scripts (default: none)',
+    )
+    parser.add_argument(
+        '--fast-coco-eval',
+        action='store_true',
+        help="COCO scores by faster-coco-eval: pycocotools' figures in less time",
     )
     # PyTorch's older launcher passes it; newer ones set the variable.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
@@ -256,9 +297,13 @@ def without_pretrained(cfg: Config) -> None:
 
 
 def show_predictions(cfg: Config, folder: str) -> None:
-    """Have mmdet's or mmseg's visualisation hook write pictures to a folder."""
+    """Have the codebase's visualisation hook write pictures to a folder."""
+    task = task_of(cfg, CODEBASES)
+    if task == 'mmpretrain':
+        cfg.default_hooks.visualization.update(enable=True, interval=1, out_dir=folder)
+        return
     cfg.default_hooks.visualization.draw = True
-    if task_of(cfg) == 'mmdet':
+    if task == 'mmdet':
         # mmdet takes the folder below its own dated one; an absolute path replaces that.
         cfg.default_hooks.visualization.test_out_dir = str(Path(folder).resolve())
     else:
@@ -267,29 +312,56 @@ def show_predictions(cfg: Config, folder: str) -> None:
 
 
 def keep_predictions(cfg: Config, out: str) -> None:
-    """Have the test keep its predictions: a pickle for mmdet, a folder of PNGs for mmseg.
+    """Have the test keep its predictions: a folder of PNGs for mmseg, else a pickle.
 
     Raises:
         UserError: Where ``out`` is of the other kind.
     """
-    if task_of(cfg) == 'mmdet':
+    task = task_of(cfg, CODEBASES)
+    if task != 'mmseg':
         if not out.endswith(('.pkl', '.pickle')):
-            raise UserError(f'--out {out}: detection writes one pickle, so end the name in .pkl.')
-        evaluator = cfg.test_evaluator
-        evaluators = list(evaluator) if isinstance(evaluator, (list, tuple)) else [evaluator]
-        cfg.test_evaluator = [*evaluators, dict(type='DumpDetResults', out_file_path=out)]
+            raise UserError(f'--out {out}: this task writes one pickle, so end the name in .pkl.')
+        dump = 'DumpDetResults' if task == 'mmdet' else 'DumpResults'
+        cfg.test_evaluator = [*_evaluators(cfg.test_evaluator), dict(type=dump, out_file_path=out)]
     else:
         if out.endswith(('.pkl', '.pickle')):
             raise UserError(f'--out {out}: segmentation writes a folder of PNGs, so name a folder.')
         cfg.test_evaluator.update(output_dir=out, keep_results=True)
 
 
+def _evaluators(evaluator: Any) -> list[Any]:
+    return list(evaluator) if isinstance(evaluator, (list, tuple)) else [evaluator]
+
+
+def use_fast_coco_eval(cfg: Config) -> None:
+    """Have faster-coco-eval compute the COCO scores of a config, with pycocotools' results.
+
+    Raises:
+        UserError: Where the package is missing, or the config has no COCO scores.
+    """
+    if find_spec('faster_coco_eval') is None:
+        raise UserError("--fast-coco-eval needs a package: pip install 'pvt-mm[fast-eval]'.")
+    metrics = [
+        metric
+        for key in ('val_evaluator', 'test_evaluator')
+        for metric in _evaluators(cfg.get(key))
+        if metric and metric['type'] == 'CocoMetric'
+    ]
+    if not metrics:
+        raise UserError('--fast-coco-eval: the config has no CocoMetric to make faster.')
+    for metric in metrics:
+        metric['type'] = 'FastCocoMetric'
+    import_module('pvt_mm.fast_coco')  # it imports mmdet
+
+
 def enable_tta(cfg: Config, task: str) -> None:
     """Wrap the model for test-time augmentation.
 
     Raises:
-        UserError: For instance segmentation, which mmdet cannot merge.
+        UserError: For instance segmentation, which mmdet cannot merge, and classification.
     """
+    if task == 'mmpretrain':
+        raise UserError('--tta serves detection and segmentation; test this config without it.')
     if task == 'mmdet':
         if any('mask_head' in node for node in nests.dicts(cfg._cfg_dict['model'])):
             raise UserError(

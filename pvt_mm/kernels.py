@@ -274,22 +274,21 @@ class MlpFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Make each part of the hidden layer again and send the gradient through it."""
-        x, weight1, bias1, weight2, bias2, dw_weight, dw_bias = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: under with_cp a second look is an error
+        x, weight1, bias1, weight2, bias2, dw_weight, dw_bias = saved
         shape = x.shape
         x, grad = x.to(ctx.dtype), grad.to(ctx.dtype).contiguous()
         if dw_weight is None:  # tokens do not meet, so that any of them make a part
             x, grad = (t.reshape(1, 1, -1, shape[-1]) for t in (x, grad))
         grad_x = torch.empty_like(x)
-        grads: list[Any] = [
-            None if t is None else torch.empty_like(t) for t in ctx.saved_tensors[1:]
-        ]
+        grads: list[Any] = [None if t is None else torch.empty_like(t) for t in saved[1:]]
         grad1, grad_bias1, grad2, grad_bias2, grad_dw, grad_dw_bias = grads
         grad_bias2.copy_(grad.flatten(0, 2).sum(0))
         depthwise, hidden = dw_weight is not None, len(weight1)
         whole = slice(None)
         column_parts = _pieces(x.shape[2], BACKWARD_PIECE // hidden)
         for channels in _channel_parts(x, hidden) if depthwise else [whole]:
-            layers = _block_layers(ctx.saved_tensors, channels, x.dtype)
+            layers = _block_layers(saved, channels, x.dtype)
             weight1_t, weight2_t = layers[0].t().contiguous(), layers[2].t().contiguous()
             sums: Any = None
             for columns in [whole] if depthwise else column_parts:

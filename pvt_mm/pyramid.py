@@ -202,6 +202,30 @@ class PyramidBackbone(BaseModule):
             stage.eval()
         return self
 
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """Return the layer of a parameter, and how many layers there are, for layer-wise decay.
+
+        Layer 0 holds the first embeddings, then each block is one, and the last is what comes after
+        the stages. A later stage's embeddings and class token, and any stage's norm, count with the
+        block before them. The signature is mmpretrain's.
+
+        Args:
+            param_name: Name of the parameter in the whole model.
+            prefix: The backbone's place in the model, such as ``'backbone.'``.
+        """
+        depths = [len(stage.blocks) for stage in self.stages]
+        last = sum(depths) + 1
+        start = f'{prefix}stages.'
+        number, part, *rest = f'{param_name.removeprefix(start)}.'.split('.')
+        if not param_name.startswith(start) or part == 'final_norm':
+            return last, last + 1
+        depth = sum(depths[: int(number)])
+        if part == 'blocks':
+            depth += int(rest[0]) + 1
+        elif part == 'norm':
+            depth += depths[int(number)]
+        return depth, last + 1
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:

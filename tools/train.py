@@ -1,4 +1,4 @@
-"""Train a detector or segmentor from a config.
+"""Train a detector, segmentor or classifier from a config.
 
 Example:
     python tools/train.py configs/retinanet_pvt_s_fpn_1x_coco.py --data-root /data/coco
@@ -16,7 +16,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('config', help='config file of mmdet or mmseg kind')
+    parser.add_argument('config', help='config file of mmdet, mmseg or mmpretrain kind')
     parser.add_argument('--work-dir', help='logs and checkpoints (default: work_dirs/CONFIG)')
     parser.add_argument(
         '--resume',
@@ -36,6 +36,13 @@ def parse_args() -> argparse.Namespace:
         action='store_true',
         help="scale the learning rate to the total batch; iterations stay the config's",
     )
+    parser.add_argument(
+        '--option',
+        nargs='+',
+        default=[],
+        metavar='NAME',
+        help='training options: accumulate, ema, layer_decay, no_decay (docs/training_options.md)',
+    )
     parser.add_argument('--seed', type=int, help='seed of all random numbers (default: random)')
     parser.add_argument(
         '--skip-bad-images',
@@ -54,8 +61,8 @@ def parse_args() -> argparse.Namespace:
 @cli.main_errors
 def main() -> None:
     args = parse_args()
-    cfg = cli.load_config(args.config, args.cfg_options, args.data_root)
-    cli.task_of(cfg)
+    cfg = cli.load_config(args.config, args.cfg_options, args.data_root, args.option)
+    cli.task_of(cfg, cli.CODEBASES)
     cli.check_data(cfg, ('train_dataloader', 'val_dataloader'))
     data_guard.check_classes(cfg, args.config, ('train_dataloader', 'val_dataloader'))
     cfg.launcher = args.launcher
@@ -67,6 +74,8 @@ def main() -> None:
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
     if args.auto_scale_lr:
         cli.enable_auto_scale_lr(cfg)
+    if args.fast_coco_eval:
+        cli.use_fast_coco_eval(cfg)
     if args.seed is not None:
         cfg.randomness = dict(cfg.get('randomness', {}), seed=args.seed)
     if args.deterministic:
