@@ -322,7 +322,7 @@ def load_into_backbone(
 
     Raises:
         CheckpointMismatchError: Where backbone tensors are missing, have another shape, or have no
-            place, unless ``allow_partial``.
+            place, unless ``allow_partial`` and some fit.
     """
     own = {key.removeprefix(prefix): v for key, v in state_dict.items() if key.startswith(prefix)}
     inner = unwrap(own)
@@ -337,7 +337,8 @@ def load_into_backbone(
             tensors[_FIRST_CONV] = adapt_channels(tensors[_FIRST_CONV], channels, adapt_in_channels)
     fits = {k: t for k, t in tensors.items() if t.shape == target[k].shape}
     surplus = _surplus(atoms, target)
-    if (len(fits) < len(target) or surplus) and not allow_partial:
+    in_part = len(fits) < len(target) or surplus
+    if in_part and not (allow_partial and (fits or not own)):
         raise CheckpointMismatchError(_mismatch(name, atoms, tensors, target))
     unknown = {key: value for key, value in inner.items() if not match(key, fmt)}
     for key in own:

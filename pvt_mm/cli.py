@@ -8,6 +8,7 @@ import functools
 import os
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
@@ -16,31 +17,47 @@ from typing import Any
 
 from mmengine.config import Config, ConfigDict, DictAction
 
+from . import reading
 from ._install import pinned
 from .archs import ArchError
 from .checkpoint import CheckpointMismatchError
-from .runtime import UserError
+from .runtime import UserError, setup
+from .sources import load_from_file
 
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 
 
 def main_errors(main: Callable[[], None]) -> Callable[[], None]:
-    """Make a tool's ``main`` print bad input as one sentence and exit with code 1."""
+    """Make a tool's ``main`` read files safely and print bad input as one sentence, with code 1.
+
+    Every such tool takes ``--debug``, which prints the traceback as well.
+    """
 
     @functools.wraps(main)
     def run() -> None:
         # mmengine imports pkg_resources; its warning says nothing to the user of a tool.
         warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
+        debug = '--debug' in sys.argv
+        sys.argv = [argument for argument in sys.argv if argument != '--debug']
+        setup()
         try:
             main()
-        except (UserError, CheckpointMismatchError, ArchError) as error:
+        except SystemExit as end:
+            if end.code == 0:  # the parser has printed its help
+                print('  --debug  print the traceback of an error')
+            raise
+        except (UserError, ArchError) as error:
             message = str(error)
+        except CheckpointMismatchError as error:
+            message = f'{reading.last_read}: {error}'
         except KeyError as error:
             message = _unregistered(str(error))
             if not message:
                 raise
         else:
             return
+        if debug:
+            traceback.print_exc()
         print(f'error: {message}', file=sys.stderr)
         sys.exit(1)
 
@@ -220,18 +237,25 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_checkpoint(path: str | None) -> None:
-    """Check that a checkpoint file can be read; URLs are left to the loader.
+    """Check that a checkpoint file holds weights, before any time goes into the data.
+
+    URLs and names of models are left to the loader.
 
     Raises:
-        UserError: Where the file is missing or empty.
+        UserError: Where it does not.
     """
-    if not path or '://' in path:
-        return
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise UserError(f'There is no checkpoint {path}; check the path.')
-    if not file.stat().st_size:
-        raise UserError(f'The checkpoint {path} is empty; copy it again.')
+    if path and '://' not in path:
+        load_from_file(path)
+
+
+def check_pretrained(cfg: Config) -> None:
+    """Check the files that a config's model is initialised from.
+
+    Raises:
+        UserError: Where one holds no weights.
+    """
+    for node in _pretrained(cfg):
+        check_checkpoint(node['init_cfg']['checkpoint'])
 
 
 def enable_auto_scale_lr(cfg: Config) -> None:
@@ -248,19 +272,31 @@ def enable_auto_scale_lr(cfg: Config) -> None:
     cfg.auto_scale_lr.enable = True
 
 
-def add_checkpoint_hook(cfg: Config) -> None:
-    """Add PVTCheckpointHook to a config that lacks it, so that any config's load_from works."""
-    hooks = list(cfg.get('custom_hooks') or [])
-    if not any(hook.get('type') == 'PVTCheckpointHook' for hook in hooks):
-        cfg.custom_hooks = [*hooks, dict(type='PVTCheckpointHook')]
+def add_checkpoint_hook(cfg: Config, whole: bool = False) -> None:
+    """Add PVTCheckpointHook to a config that lacks it, so that any config's load_from works.
+
+    Args:
+        cfg: Config of a run, changed in place.
+        whole: Refuse weights of a backbone alone.
+    """
+    others = [h for h in cfg.get('custom_hooks') or [] if h.get('type') != 'PVTCheckpointHook']
+    cfg.custom_hooks = [*others, dict(type='PVTCheckpointHook', whole=whole)]
 
 
 def without_pretrained(cfg: Config) -> None:
     """Remove ``Pretrained`` initialisations from a model that a checkpoint will fill anyway."""
+    for node in _pretrained(cfg):
+        node['init_cfg'] = None
+
+
+def _pretrained(cfg: Config) -> list[dict]:
+    """Return the parts of a config's model that start from a checkpoint."""
+    found = []
     for node in _dicts(cfg._cfg_dict['model']):
         init_cfg = node.get('init_cfg')
         if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained':
-            node['init_cfg'] = None
+            found.append(node)
+    return found
 
 
 def show_predictions(cfg: Config, folder: str) -> None:

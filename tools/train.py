@@ -64,6 +64,7 @@ def main() -> None:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
     cli.check_checkpoint(cfg.get('load_from'))
+    cli.check_pretrained(cfg)
     cli.add_checkpoint_hook(cfg)
     runtime.setup(cfg)
     Runner.from_cfg(cfg).train()
