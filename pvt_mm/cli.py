@@ -46,22 +46,23 @@ def main_errors(main: Callable[[], None]) -> Callable[[], None]:
             if end.code == 0:  # the parser has printed its help
                 print('  --debug  print the traceback of an error')
             raise
-        except (UserError, ArchError) as error:
-            message = str(error)
-        except CheckpointMismatchError as error:
-            message = f'{reading.last_read}: {error}'
-        except KeyError as error:
-            message = _unregistered(str(error))
+        except (UserError, ArchError, CheckpointMismatchError, KeyError) as error:
+            message = _sentence(error)
             if not message:
                 raise
-        else:
-            return
-        if debug:
-            traceback.print_exc()
-        print(f'error: {message}', file=sys.stderr)
-        sys.exit(1)
+            if debug:
+                traceback.print_exc()
+            print(f'error: {message}', file=sys.stderr)
+            sys.exit(1)
 
     return run
+
+
+def _sentence(error: Exception) -> str:
+    """Return what is told of an error; empty where it is no bad input."""
+    if isinstance(error, CheckpointMismatchError):
+        return f'{reading.last_read}: {error}'
+    return _unregistered(str(error)) if isinstance(error, KeyError) else str(error)
 
 
 def _unregistered(message: str) -> str:
@@ -370,10 +371,10 @@ def _flip_pipeline(data: ConfigDict) -> list[dict]:
 
 
 def unique_names(paths: Sequence[str]) -> list[str]:
-    """Return a file stem for each path, numbered where it is taken."""
+    """Return a name for each path, without folder and ending, numbered where it is taken."""
     names: list[str] = []
     for path in paths:
-        stem = name = Path(path).stem
+        stem = name = Path(path).stem.lstrip('.') or 'image'
         number = 1
         while name in names:
             number += 1

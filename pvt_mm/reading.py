@@ -8,6 +8,7 @@ import collections
 import io
 import pickle
 import re
+import warnings
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -140,6 +141,10 @@ def _plain_load(file: Any, **kwargs: Any) -> Any:
     return PlainUnpickler(file, **kwargs).load()
 
 
+#: What torch.load takes in the place of pickle.
+_plain_pickle = SimpleNamespace(__name__='plain_pickle', Unpickler=PlainUnpickler, load=_plain_load)
+
+
 # Checkpoints
 
 
@@ -178,7 +183,9 @@ def read_checkpoint(path: str | Path, map_location: Any = 'cpu') -> dict[str, An
     if file.suffix == '.safetensors':
         read = _read_safetensors
     try:
-        checkpoint = read(file, map_location)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of odd files; the errors here say it better
+            checkpoint = read(file, map_location)
     except ImportError as error:
         raise UserError(f'Reading {file} needs a package: pip install safetensors.') from error
     except Exception as error:  # a damaged file makes its reader raise nearly anything
@@ -197,10 +204,9 @@ def _read_pickled(file: Path, map_location: Any) -> Any:
         if takes_safe_globals():
             raise
     # Torch's own list cannot be added to, so that training checkpoints need this reader.
-    module = SimpleNamespace(
-        Unpickler=PlainUnpickler, load=_plain_load, UnpicklingError=pickle.UnpicklingError
+    return torch.load(
+        file, map_location=map_location, weights_only=False, pickle_module=_plain_pickle
     )
-    return torch.load(file, map_location=map_location, weights_only=False, pickle_module=module)
 
 
 def _read_safetensors(file: Path, map_location: Any) -> dict[str, Any]:
@@ -234,11 +240,14 @@ def _refusal(error: Exception) -> str:
     """Return what a pickle asked for and was refused; empty where its error is another one."""
     if not isinstance(error, pickle.UnpicklingError):
         return ''
-    named = re.search(r'GLOBAL (\S+)', str(error))
+    message = str(error)
+    named = re.search(r'GLOBAL (\S+)', message)
     if named:
         return f'it asks for {named[1]}'
-    telling = re.search(r'it may not .*|Can only .*|.*unrecognized function .*', str(error))
-    return telling[0].split('. ')[0].rstrip('.') if telling else ''
+    if 'Can only' in message or 'unrecognized function' in message:
+        return 'it asks for what is no data'
+    forbidden = re.search(r'it may not .*', message)
+    return forbidden[0].split('. ')[0].rstrip('.') if forbidden else ''
 
 
 def check_weights(checkpoint: Mapping[str, Any], file: str | Path) -> None:

@@ -67,7 +67,7 @@ def load_from_url(url: str, map_location: Any = None, progress: bool = True) -> 
         UserError: Where it cannot be fetched, is not what its hash says, or is no checkpoint.
     """
     name = Path(urlparse(url).path).name
-    if not name:
+    if name in ('', '..'):
         raise UserError(f'{url} names no file; give the address of a checkpoint itself.')
     file = Path(torch.hub.get_dir()) / 'checkpoints' / name
     if file.is_file():
