@@ -44,17 +44,36 @@ def to_atoms(state_dict: Mapping[str, Tensor], fmt: Format) -> dict[Atom, Tensor
 
     Position embeddings come out as (1, H*W, C), or (1, H, W, C) where the format stores the grid,
     with the class token's slot apart as ``cls_position``.
+
+    Raises:
+        CheckpointMismatchError: Where a tensor has not as many dimensions as its layer's.
     """
     atoms: dict[Atom, Tensor] = {}
     for key, tensor in state_dict.items():
         held = match(key, fmt)
         if not held:
             continue
-        if fmt.conv_mlp and held[0].part in MLP_LINEARS:
-            tensor = tensor.flatten(1) if tensor.ndim > 1 else tensor  # (out, in, 1, 1): linear
+        rank = getattr(tensor, 'ndim', 0)
+        if fmt.conv_mlp and held[0].part in MLP_LINEARS and rank == 4:
+            tensor, rank = tensor.flatten(1), 2  # (out, in, 1, 1): linear
+        if rank not in _ranks(held[0]):
+            raise CheckpointMismatchError(
+                f'{key} is {tuple(tensor.shape) if rank else "no tensor of a layer"}, which does '
+                'not fit any PVT.'
+            )
         atoms.update(zip(held, tensor.chunk(len(held)) if len(held) > 1 else (tensor,)))
     _split_class_position(atoms)
     return atoms
+
+
+def _ranks(atom: Atom) -> Sequence[int]:
+    """Return how many dimensions a tensor may have."""
+    name = atom.part.rpartition('.')[2]
+    if not atom.leaf:
+        return (3, 4)  # position embeddings, class token
+    if atom.leaf == 'bias' or 'norm' in name:
+        return (1,)
+    return (4,) if atom.part == 'patch_embed.proj' or name in ('sr', 'dwconv') else (2,)
 
 
 def _split_class_position(atoms: dict[Atom, Tensor]) -> None:
@@ -351,7 +370,7 @@ def load_into_backbone(
 
     Raises:
         CheckpointMismatchError: Where backbone tensors are missing, have another shape, or have no
-            place, unless ``allow_partial``.
+            place, unless ``allow_partial`` and some fit.
     """
     own = {key.removeprefix(prefix): v for key, v in state_dict.items() if key.startswith(prefix)}
     inner = unwrap(own)
@@ -367,7 +386,8 @@ def load_into_backbone(
     fits = {k: t for k, t in tensors.items() if t.shape == target[k].shape}
     wanted = {atom for key in target for atom in match(key, PVT_MM)}
     surplus = _surplus(atoms, wanted)
-    if (len(fits) < len(target) or surplus) and not allow_partial:
+    in_part = len(fits) < len(target) or surplus
+    if in_part and not (allow_partial and (fits or not own)):
         raise CheckpointMismatchError(_mismatch(name, atoms, tensors, target, surplus))
     unknown = {key: value for key, value in inner.items() if not match(key, fmt)}
     for key in own:

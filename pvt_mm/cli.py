@@ -6,6 +6,7 @@ import argparse
 import functools
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
@@ -15,38 +16,54 @@ from typing import Any
 
 from mmengine.config import Config, ConfigDict, DictAction
 
-from . import configs, nests
+from . import configs, nests, reading
 from ._install import pinned
 from .archs import ArchError
 from .checkpoint import CheckpointMismatchError
 from .releases import first_with
-from .runtime import UserError
+from .runtime import UserError, setup
+from .sources import load_from_file
 
 CODEBASES = ('mmdet', 'mmseg', 'mmpretrain')
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 
 
 def main_errors(main: Callable[[], None]) -> Callable[[], None]:
-    """Make a tool's ``main`` print bad input as one sentence and exit with code 1."""
+    """Make a tool's ``main`` read files safely and print bad input as one sentence, with code 1.
+
+    Every such tool takes ``--debug``, which prints the traceback as well.
+    """
 
     @functools.wraps(main)
     def run() -> None:
         # mmengine imports pkg_resources; its warning says nothing to the user of a tool.
         warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
+        debug = '--debug' in sys.argv
+        sys.argv = [argument for argument in sys.argv if argument != '--debug']
+        setup()
         try:
             main()
-        except (UserError, CheckpointMismatchError, ArchError) as error:
-            message = str(error)
-        except KeyError as error:
-            message = _unregistered(str(error))
+        except SystemExit as end:
+            if end.code == 0:  # the parser has printed its help
+                print('  --debug  print the traceback of an error')
+            raise
+        except (UserError, ArchError, CheckpointMismatchError, KeyError) as error:
+            message = _sentence(error)
             if not message:
                 raise
-        else:
-            return
-        print(f'error: {message}', file=sys.stderr)
-        sys.exit(1)
+            if debug:
+                traceback.print_exc()
+            print(f'error: {message}', file=sys.stderr)
+            sys.exit(1)
 
     return run
+
+
+def _sentence(error: Exception) -> str:
+    """Return what is told of an error; empty where it is no bad input."""
+    if isinstance(error, CheckpointMismatchError):
+        return f'{reading.last_read}: {error}'
+    return _unregistered(str(error)) if isinstance(error, KeyError) else str(error)
 
 
 def _unregistered(message: str) -> str:
@@ -246,18 +263,25 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_checkpoint(path: str | None) -> None:
-    """Check that a checkpoint file can be read; URLs are left to the loader.
+    """Check that a checkpoint file holds weights, before any time goes into the data.
+
+    URLs and names of models are left to the loader.
 
     Raises:
-        UserError: Where the file is missing or empty.
+        UserError: Where it does not.
     """
-    if not path or '://' in path:
-        return
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise UserError(f'There is no checkpoint {path}; check the path.')
-    if not file.stat().st_size:
-        raise UserError(f'The checkpoint {path} is empty; copy it again.')
+    if path and '://' not in path:
+        load_from_file(path)
+
+
+def check_pretrained(cfg: Config) -> None:
+    """Check the files that a config's model is initialised from.
+
+    Raises:
+        UserError: Where one holds no weights.
+    """
+    for node in _pretrained(cfg):
+        check_checkpoint(node['init_cfg']['checkpoint'])
 
 
 def enable_auto_scale_lr(cfg: Config) -> None:
@@ -274,11 +298,15 @@ def enable_auto_scale_lr(cfg: Config) -> None:
     cfg.auto_scale_lr.enable = True
 
 
-def add_checkpoint_hook(cfg: Config) -> None:
-    """Add PVTCheckpointHook to a config that lacks it, so that any config's load_from works."""
-    hooks = list(cfg.get('custom_hooks') or [])
-    if not any(hook.get('type') == 'PVTCheckpointHook' for hook in hooks):
-        cfg.custom_hooks = [*hooks, dict(type='PVTCheckpointHook')]
+def add_checkpoint_hook(cfg: Config, whole: bool = False) -> None:
+    """Add PVTCheckpointHook to a config that lacks it, so that any config's load_from works.
+
+    Args:
+        cfg: Config of a run, changed in place.
+        whole: Refuse weights of a backbone alone.
+    """
+    others = [h for h in cfg.get('custom_hooks') or [] if h.get('type') != 'PVTCheckpointHook']
+    cfg.custom_hooks = [*others, dict(type='PVTCheckpointHook', whole=whole)]
 
 
 def add_hook(cfg: Config, kind: str) -> None:
@@ -290,10 +318,18 @@ def add_hook(cfg: Config, kind: str) -> None:
 
 def without_pretrained(cfg: Config) -> None:
     """Remove ``Pretrained`` initialisations from a model that a checkpoint will fill anyway."""
+    for node in _pretrained(cfg):
+        node['init_cfg'] = None
+
+
+def _pretrained(cfg: Config) -> list[dict]:
+    """Return the parts of a config's model that start from a checkpoint."""
+    found = []
     for node in nests.dicts(cfg._cfg_dict['model']):
         init_cfg = node.get('init_cfg')
         if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained':
-            node['init_cfg'] = None
+            found.append(node)
+    return found
 
 
 def show_predictions(cfg: Config, folder: str) -> None:
@@ -389,10 +425,10 @@ def _flip_pipeline(data: ConfigDict) -> list[dict]:
 
 
 def unique_names(paths: Sequence[str]) -> list[str]:
-    """Return a file stem for each path, numbered where it is taken."""
+    """Return a name for each path, without folder and ending, numbered where it is taken."""
     names: list[str] = []
     for path in paths:
-        stem = name = Path(path).stem
+        stem = name = Path(path).stem.lstrip('.') or 'image'
         number = 1
         while name in names:
             number += 1

@@ -6,10 +6,8 @@ and narrow weights can all be compared.
 
 import functools
 import hashlib
-import http.server
 import os
 import re
-import threading
 from unittest import mock
 
 import mmengine.config.utils
@@ -521,31 +519,8 @@ def test_getattr_reaches_only_statistics(attribute, tmp_path):
 # URLs
 
 
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def site(tmp_path, monkeypatch):
-    """A folder served on this machine, its address, and an empty cache: what torch.hub uses."""
-    folder, cache = tmp_path / 'site', tmp_path / 'hub'
-    folder.mkdir()
-    monkeypatch.setattr(torch.hub, '_hub_dir', str(cache))
-    handler = functools.partial(Quiet, directory=str(folder))
-    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    runtime.setup()
-    yield folder, f'http://127.0.0.1:{server.server_port}', cache / 'checkpoints'
-    server.shutdown()
-    server.server_close()
-
-
 def start_from(url):
-    backbone = backbone_class('b0')(
-        narrow('b0'), init_cfg=dict(type='Pretrained', checkpoint=url)
-    )
+    backbone = backbone_class('b0')(narrow('b0'), init_cfg=dict(type='Pretrained', checkpoint=url))
     backbone.init_weights()
     return backbone
 

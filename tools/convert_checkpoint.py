@@ -28,6 +28,7 @@ from pvt_mm.checkpoint import (
     unwrap,
 )
 from pvt_mm.formats import detect_format, match
+from pvt_mm.reading import check_weights
 
 SUFFIXES = ('.pth', '.safetensors')
 
@@ -149,9 +150,9 @@ def loading_report(plain: dict[str, Any], source: dict[str, Any], found: Arch | 
 @cli.main_errors
 def main() -> None:
     args = parse_args()
-    runtime.setup()
     check_args(args)
     checkpoint = runtime.read_checkpoint(args.file)
+    check_weights(checkpoint, args.file)
     if args.inspect:
         for title, text in inspect(checkpoint, args.arch):
             print(f'{title:<11} {text}')

@@ -58,7 +58,7 @@ def main() -> None:
         cli.enable_tta(cfg, task)
     # The checkpoint brings the backbone's weights; published ones need not be fetched for it.
     cli.without_pretrained(cfg)
-    cli.add_checkpoint_hook(cfg)
+    cli.add_checkpoint_hook(cfg, whole=True)
     runtime.setup(cfg)
     runner = Runner.from_cfg(cfg)
     data_guard.guard_loading(runner, args.config)

@@ -88,6 +88,7 @@ def main() -> None:
     elif args.resume:
         cfg.resume, cfg.load_from = True, args.resume
     cli.check_checkpoint(cfg.get('load_from'))
+    cli.check_pretrained(cfg)
     cli.add_checkpoint_hook(cfg)
     cli.add_hook(cfg, 'NonFiniteHook')
     runtime.setup(cfg)
