@@ -73,7 +73,9 @@ def _ranks(atom: Atom) -> Sequence[int]:
         return (3, 4)  # position embeddings, class token
     if atom.leaf == 'bias' or 'norm' in name:
         return (1,)
-    return (4,) if atom.part == 'patch_embed.proj' or name in ('sr', 'dwconv') else (2,)
+    if name == 'sr':
+        return (2, 4)  # linear behind pooling, or a convolution
+    return (4,) if atom.part == 'patch_embed.proj' or name == 'dwconv' else (2,)
 
 
 def _split_class_position(atoms: dict[Atom, Tensor]) -> None:

@@ -168,7 +168,8 @@ def add_mlp(
         if waiting is not None:
             image[waiting[0]] += waiting[1]
         waiting = place, part
-    image[waiting[0]] += waiting[1]
+    if waiting is not None:  # no image, no part
+        image[waiting[0]] += waiting[1]
     return x
 
 

@@ -424,7 +424,9 @@ def test_the_hook_fills_every_backbone(tmp_path):
 def test_a_runner_refuses_another_arch(resume, tmp_path):
     """load_from and resume are never strict in mmengine; the refusal holds all the same."""
     runtime.setup()
-    torch.save({'state_dict': whole('b1', 'official'), 'meta': {}}, tmp_path / 'w.pth')
+    hub = dict(log_scalars={}, runtime_info={}, resumed_keys={})
+    checkpoint = dict(meta=dict(epoch=1, iter=1), message_hub=hub)
+    torch.save({'state_dict': whole('b1', 'official'), **checkpoint}, tmp_path / 'w.pth')
     runner = runner_of(Net('b0'), tmp_path, load_from=str(tmp_path / 'w.pth'), resume=resume)
     runner._train_loop = runner.build_train_loop(runner._train_loop)
     with pytest.raises(CheckpointMismatchError, match='do not fit PVTv2'):
