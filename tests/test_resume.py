@@ -4,6 +4,7 @@ import contextlib
 import copy
 import errno
 import functools
+import importlib.util
 import itertools
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ import signal
 import socket
 import stat
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, HOOKS, METRICS, MODELS
 from mmengine.runner import Runner
 from mmengine.utils import ManagerMixin
+from reference import REPO
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -146,8 +149,9 @@ def train(cfg):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Do not ask the machine for its compilers at the start of each Runner."""
+    """Neither ask for the compilers at the start of each Runner, nor wait for a busy disk."""
     monkeypatch.setattr('mmengine.runner.runner.collect_env', dict)
+    monkeypatch.setattr(os, 'fsync', lambda descriptor: None)
 
 
 def last_checkpoint(work_dir):
@@ -572,7 +576,7 @@ def test_a_data_set_that_vanishes(small_config, run_tool, demo_data, tmp_path, c
     hook = dict(type='Vanisher', folder=str(data / 'train2017'))
     extra = (
         f'custom_hooks = [{hook}]\ntrain_cfg["max_epochs"] = 4\n'
-        f'train_dataloader.update(num_workers={workers}, persistent_workers={workers > 0})'
+        'train_dataloader.update(num_workers=2, persistent_workers=True)'
     )
     with pytest.raises(SystemExit) as stop:
         run_tool('train', small_config('det', extra), '--data-root', data, '--work-dir', 'run')
@@ -743,3 +747,60 @@ def test_deterministic_trainings_are_the_same(small_config, run_tool, demo_data,
     assert all(
         torch.equal(one['state_dict'][key], other['state_dict'][key]) for key in one['state_dict']
     )
+
+
+# The tool that kills processes, tools/stress_resume.py
+
+
+@pytest.fixture(scope='module')
+def stress():
+    spec = importlib.util.spec_from_file_location('stress', REPO / 'tools/stress_resume.py')
+    module = importlib.util.module_from_spec(spec)
+    sys.modules['stress'] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tool_sees_a_single_bit(stress):
+    """Of a weight, of a loss, of a type; and nothing where there is nothing."""
+    nest = {'a': [torch.ones(3), {'b': (1, 0.5, None)}], 'c': np.arange(3)}
+    assert stress.same(nest, copy.deepcopy(nest))
+    changes = [
+        lambda nest: nest['a'][0].view(torch.int32).bitwise_xor_(1),
+        lambda nest: nest['a'].__setitem__(0, torch.ones(3, dtype=torch.float64)),
+        lambda nest: nest['a'][1].update(b=(1, 0.5, 0)),
+        lambda nest: nest['c'].__iadd__(1),
+        lambda nest: nest.update(d=1),
+        lambda nest: nest['a'].pop(),
+    ]
+    for change in changes:
+        other = copy.deepcopy(nest)
+        change(other)
+        assert not stress.same(nest, other) and not stress.same(other, nest)
+
+
+@pytest.mark.parametrize(
+    ('different', 'saving', 'message'),
+    [({'losses'}, 2, 'ended differently'), (set(), 0, 'Too few kills'), (set(), 2, '')],
+)
+def test_the_tool_fails_where_a_training_ends_differently(
+    stress, different, saving, message, monkeypatch, capsys, tmp_path
+):
+    """Its table says where, and its exit code that."""
+
+    def run(name, kills, *_):
+        return stress.Result(kills, saving, 1, [8], {'weights', 'losses'}, different)
+
+    monkeypatch.setattr(stress, 'stress', run)
+    monkeypatch.setattr(stress.subprocess, 'run', lambda *_, **__: None)
+    monkeypatch.setattr(sys, 'argv', ['stress_resume.py', '--work-dir', str(tmp_path)])
+    if message:
+        with pytest.raises(SystemExit) as stop:
+            stress.main()
+        assert stop.value.code == 1
+    else:
+        stress.main()
+    out, err = capsys.readouterr()
+    losses = 'different' if different else 'equal'
+    row = f'| detection, by epoch | 4 | {saving} | 1 | 8 | equal | - | - | {losses} | - |'
+    assert row in out and '20 kills' in out and message in err
