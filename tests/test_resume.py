@@ -149,8 +149,9 @@ def train(cfg):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Do not ask the machine for its compilers at the start of each Runner."""
+    """Neither ask for the compilers at the start of each Runner, nor wait for a busy disk."""
     monkeypatch.setattr('mmengine.runner.runner.collect_env', dict)
+    monkeypatch.setattr(os, 'fsync', lambda descriptor: None)
 
 
 def last_checkpoint(work_dir):

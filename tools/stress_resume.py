@@ -10,6 +10,7 @@ Example:
 """
 
 import argparse
+import contextlib
 import os
 import random
 import re
@@ -129,6 +130,7 @@ class Training:
     def __init__(self, config: Path, data: Path, work_dir: Path) -> None:
         self.work_dir = work_dir
         self.log = work_dir.with_suffix('.log')
+        self.left: set[tuple[str, int]] = set()
         shutil.rmtree(work_dir, ignore_errors=True)
         self.log.unlink(missing_ok=True)
         self.command = [
@@ -144,9 +146,19 @@ class Training:
                 cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
 
-    def partial(self) -> list[Path]:
-        """Return the checkpoints that are being written."""
-        return list(self.work_dir.glob(f'.*.pth{resume.PARTIAL}'))
+    def partial(self) -> set[tuple[str, int]]:
+        """Return name and time of the checkpoints that are being written, not those left before."""
+        found = set()
+        for file in self.work_dir.glob(f'.*.pth{resume.PARTIAL}'):
+            with contextlib.suppress(FileNotFoundError):  # it was renamed since
+                found.add((file.name, file.stat().st_mtime_ns))
+        return found - self.left
+
+    def killed_while_saving(self) -> bool:
+        """Tell whether the last kill has left a file half written."""
+        found = self.partial()
+        self.left |= found
+        return bool(found)
 
     def runs(self) -> int:
         """Count the runs that have come as far as opening their log."""
@@ -239,7 +251,7 @@ def killed_run(
             break
         kill(process)
         result.kills += 1
-        result.while_saving += bool(training.partial())
+        result.while_saving += training.killed_while_saving()
     else:
         process = training.start()
     finish(training, process)
