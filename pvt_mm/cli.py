@@ -8,6 +8,7 @@ import functools
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
@@ -39,6 +40,11 @@ def main_errors(main: Callable[[], None]) -> Callable[[], None]:
             message = _unregistered(str(error))
             if not message:
                 raise
+        except (EOFError, ConnectionError):
+            # A data loader's worker that dies while it hands over a batch only breaks the pipe at
+            # first. PyTorch's own error, which names the worker, comes within this time.
+            time.sleep(1)
+            raise
         else:
             return
         print(f'error: {message}', file=sys.stderr)
