@@ -485,12 +485,8 @@ def clear_errors(work_dir: str | Path) -> Iterator[None]:
     """
     try:
         yield
-    except EOFError as error:  # from the pipe of a worker that was killed while it sent a batch
-        raise UserError(
-            f'The training in {work_dir} stopped: a process that loads data exited unexpectedly, '
-            'as the system ends one for want of memory; go on with --resume and, by '
-            '--cfg-options, a smaller train_dataloader.num_workers.'
-        ) from error
+    except ConnectionError:  # from a worker that died, which PyTorch names in a moment
+        raise
     except OSError as error:
         note = Path(work_dir) / 'last_checkpoint'
         way = 'then start it again'
