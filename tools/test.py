@@ -40,7 +40,6 @@ def main() -> None:
     cfg = cli.load_config(args.config, args.cfg_options, args.data_root)
     task = cli.task_of(cfg)
     cli.check_data(cfg, ('test_dataloader',))
-    cli.check_checkpoint(args.checkpoint)
     cfg.launcher = args.launcher
     os.environ.setdefault('LOCAL_RANK', '0')
     cfg.load_from = args.checkpoint
@@ -53,6 +52,7 @@ def main() -> None:
         cli.keep_predictions(cfg, args.out)
     if args.tta:
         cli.enable_tta(cfg, task)
+    cli.check_checkpoint(args.checkpoint)
     # The checkpoint brings the backbone's weights; published ones need not be fetched for it.
     cli.without_pretrained(cfg)
     cli.add_checkpoint_hook(cfg, whole=True)
