@@ -92,7 +92,7 @@ class PVT(PyramidBackbone):
         sides = (
             (pretrain_img_size,) * 2 if isinstance(pretrain_img_size, int) else pretrain_img_size
         )
-        stages = []
+        stages: list[Stage] = []
         for spec in stage_specs(settings, in_channels, drop_path_rate, max(out_indices) + 1):
             patch_embed = PatchEmbed(spec.in_channels, spec.dim, spec.stride)
             sides = (patch_embed.grid_side(sides[0]), patch_embed.grid_side(sides[1]))

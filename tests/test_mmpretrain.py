@@ -17,7 +17,7 @@ from pvt_mm import PVT, runtime
 
 pytest.importorskip('mmpretrain')
 
-from test_classification import load_from  # noqa: E402
+from test_classification import load_from
 
 NAMES = ('dark', 'bright')
 
