@@ -18,7 +18,7 @@ from mmengine.structures import InstanceData
 from reference import REPO
 from test_configs import read_metafile
 
-from pvt_mm import runtime
+from pvt_mm import nests, runtime
 
 spec = importlib.util.spec_from_file_location('check_configs', REPO / 'tools/check_configs.py')
 tool = importlib.util.module_from_spec(spec)
@@ -108,7 +108,7 @@ def test_only_data_sizes_and_schedule_shrink(name, side, iterations, tmp_path):
     assert 'num_classes' in set(differences(whole.model, cfg.model))
     assert cfg.optim_wrapper == whole.optim_wrapper
     for loader in ('train_dataloader', 'val_dataloader'):
-        ours, theirs = (list(tool.dicts(c[loader].dataset.pipeline)) for c in (cfg, whole))
+        ours, theirs = (list(nests.dicts(c[loader].dataset.pipeline)) for c in (cfg, whole))
         assert [step['type'] for step in ours] == [step['type'] for step in theirs]
         assert set(differences(theirs, ours)) <= {'', 'scale', 'scales', 'crop_size'}
         assert str(tmp_path / 'data') in cfg[loader].dataset.data_root
@@ -219,3 +219,20 @@ def test_all_configs_but_the_demos_are_found():
     assert names == {p.name for p in REPO.glob('configs/*.py') if not p.name.startswith('demo_')}
     with pytest.raises(runtime.UserError, match=r'--pattern nothing_\*: no config'):
         tool.find_configs(['fpn_*', 'nothing_*'])
+
+
+@pytest.mark.parametrize('pattern', ['retina_net_pvt_s*', 'retinanet_pvt_s_1x_coco.py'])
+def test_a_pattern_of_no_config_names_the_nearest(pattern):
+    with pytest.raises(runtime.UserError, match='did you mean retinanet_pvt_s_fpn_1x_coco.py'):
+        tool.find_configs([pattern])
+
+
+def test_a_schedule_after_a_long_warm_up_is_shortened():
+    """What begins after the warm-up begins within the few iterations."""
+    cfg = load('fpn_pvtv2_b0_ade20k_80k.py')
+    cfg.param_scheduler = [
+        dict(type='LinearLR', by_epoch=False, begin=0, end=1500, start_factor=1e-6),
+        dict(type='PolyLR', by_epoch=False, begin=1500, end=160000, power=1.0),
+    ]
+    tool.shorten(cfg, 3)
+    assert [(part.begin, part.end) for part in cfg.param_scheduler] == [(0, 2), (1, 4)]

@@ -6,10 +6,8 @@ and narrow weights can all be compared.
 
 import functools
 import hashlib
-import http.server
 import os
 import re
-import threading
 from unittest import mock
 
 import mmengine.config.utils
@@ -28,6 +26,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pvt_mm import CheckpointMismatchError, convert_checkpoint, inference, runtime
+from pvt_mm.checkpoint import bare_backbone
 
 FORMATS = ('official', 'timm', 'huggingface', 'mmdet', 'pvt_mm')
 PAIRS = [
@@ -192,7 +191,7 @@ ROADS = (
 
 
 def check(backbones, arch):
-    expected = convert_checkpoint(published(arch))
+    expected = bare_backbone(published(arch))
     for backbone in backbones:
         state = backbone.state_dict()
         assert state.keys() == expected.keys()
@@ -425,7 +424,9 @@ def test_the_hook_fills_every_backbone(tmp_path):
 def test_a_runner_refuses_another_arch(resume, tmp_path):
     """load_from and resume are never strict in mmengine; the refusal holds all the same."""
     runtime.setup()
-    torch.save({'state_dict': whole('b1', 'official'), 'meta': {}}, tmp_path / 'w.pth')
+    hub = dict(log_scalars={}, runtime_info={}, resumed_keys={})
+    checkpoint = dict(meta=dict(epoch=1, iter=1), message_hub=hub)
+    torch.save({'state_dict': whole('b1', 'official'), **checkpoint}, tmp_path / 'w.pth')
     runner = runner_of(Net('b0'), tmp_path, load_from=str(tmp_path / 'w.pth'), resume=resume)
     runner._train_loop = runner.build_train_loop(runner._train_loop)
     with pytest.raises(CheckpointMismatchError, match='do not fit PVTv2'):
@@ -520,31 +521,8 @@ def test_getattr_reaches_only_statistics(attribute, tmp_path):
 # URLs
 
 
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def site(tmp_path, monkeypatch):
-    """A folder served on this machine, its address, and an empty cache: what torch.hub uses."""
-    folder, cache = tmp_path / 'site', tmp_path / 'hub'
-    folder.mkdir()
-    monkeypatch.setattr(torch.hub, '_hub_dir', str(cache))
-    handler = functools.partial(Quiet, directory=str(folder))
-    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    runtime.setup()
-    yield folder, f'http://127.0.0.1:{server.server_port}', cache / 'checkpoints'
-    server.shutdown()
-    server.server_close()
-
-
 def start_from(url):
-    backbone = backbone_class('b0')(
-        narrow('b0'), init_cfg=dict(type='Pretrained', checkpoint=url)
-    )
+    backbone = backbone_class('b0')(narrow('b0'), init_cfg=dict(type='Pretrained', checkpoint=url))
     backbone.init_weights()
     return backbone
 
