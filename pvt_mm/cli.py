@@ -6,7 +6,6 @@ import argparse
 import functools
 import re
 import sys
-import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -56,11 +55,6 @@ def main_errors(main: Callable[[], None]) -> Callable[[], None]:
                 traceback.print_exc()
             print(f'error: {message}', file=sys.stderr)
             sys.exit(1)
-        except (EOFError, ConnectionError):
-            # A data loader's worker that dies while it hands over a batch only breaks the pipe at
-            # first. PyTorch's own error, which names the worker, comes within this time.
-            time.sleep(1)
-            raise
 
     return run
 

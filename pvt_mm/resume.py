@@ -485,8 +485,12 @@ def clear_errors(work_dir: str | Path) -> Iterator[None]:
     """
     try:
         yield
-    except ConnectionError:  # from a worker that died, which PyTorch names in a moment
-        raise
+    except (EOFError, ConnectionError) as error:  # the pipe of a worker that died sending a batch
+        raise UserError(
+            f'The training in {work_dir} stopped: a process that loads data exited unexpectedly, '
+            'as the system ends one for want of memory; go on with --resume and, by '
+            '--cfg-options, a smaller train_dataloader.num_workers.'
+        ) from error
     except OSError as error:
         note = Path(work_dir) / 'last_checkpoint'
         way = 'then start it again'

@@ -49,9 +49,9 @@ def test_resident_memory_is_measured():
 def test_a_slice_of_the_soak(small_config, demo_data, tmp_path):
     """Training and testing leave a sample every few iterations and images; a row each."""
     config = str(small_config('det'))
-    rows = tool.watch('det', config, str(demo_data / 'coco'), 7, str(tmp_path / 'run'))
+    rows = tool.watch('det', config, str(demo_data / 'coco'), 12, str(tmp_path / 'run'))
     assert [row.name for row in rows] == ['det, training', 'det, testing']
-    assert rows[0].counts == [1, 6] and rows[1].counts == [1]
+    assert rows[0].counts == [1, 6, 11] and rows[1].counts == [1]
     assert all(size > 100 for row in rows for size in row.sizes)
     assert 'det, training' in tool.text_table(rows[:1])
 
