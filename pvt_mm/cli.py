@@ -91,6 +91,8 @@ def load_config(
         raise UserError(f'The config {path} does not load: {error}.') from error
     options = dict(cfg_options or {})
     data_root = data_root or options.pop('data_root', None)
+    for key in options:
+        _drop_none(cfg._cfg_dict, key.split('.')[:-1])
     if options:
         cfg.merge_from_dict(options)
     if data_root:
@@ -98,6 +100,17 @@ def load_config(
     if cfg.get('work_dir') is None:
         cfg.work_dir = str(Path('work_dirs') / file.stem)
     return cfg
+
+
+def _drop_none(node: Any, keys: list[str]) -> None:
+    """Remove a None on the way to an option's key, into which mmengine cannot merge a dict."""
+    for key in keys:
+        if not isinstance(node, dict) or key not in node:
+            return
+        if node[key] is None:
+            del node[key]
+            return
+        node = node[key]
 
 
 def _nearest(file: Path) -> str:
