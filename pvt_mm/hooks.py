@@ -238,7 +238,7 @@ class NonFiniteHook(Hook):
             UserError: Naming the iteration, its images and the ways on.
         """
         finite, self._finite = self._finite, None
-        losses = {name: float(value) for name, value in (outputs or {}).items() if 'loss' in name}
+        losses = {name: value.item() for name, value in (outputs or {}).items() if 'loss' in name}
         bad = {name: value for name, value in losses.items() if not math.isfinite(value)}
         if bad:
             listed = ', '.join(f'{name} {value}' for name, value in bad.items())

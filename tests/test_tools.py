@@ -156,22 +156,6 @@ def test_a_checkpoint_cannot_bring_its_config_to_life(trained, run_tool, tmp_pat
 # Bad input: one sentence, exit code 1
 
 
-@pytest.fixture
-def failing(run_tool, capsys):
-    """Run a tool that must fail: failing('train', ...) -> what it prints."""
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as stop:
-            run_tool(*arguments)
-        assert stop.value.code == 1
-        captured = capsys.readouterr()
-        assert 'Traceback' not in captured.err
-        (line,) = [line for line in captured.err.splitlines() if line.startswith('error: ')]
-        return line
-
-    return run
-
-
 def test_unknown_config_names_the_nearest(failing):
     message = failing('train', REPO / 'configs/retinanet_pvt_s_fpn_1x_coc.py')
     assert 'no config' in message and 'retinanet_pvt_s_fpn_1x_coco.py' in message
@@ -338,6 +322,4 @@ def test_other_key_errors_keep_their_traceback():
 def test_an_unknown_arch_lists_those_that_exist(failing, small_config, demo_data):
     extra = 'model["backbone"]["arch"] = "smal"'
     message = failing('train', small_config('det', extra), '--data-root', demo_data / 'coco')
-    assert message == (
-        "error: There is no arch 'smal'; choose one of tiny, small, medium, large."
-    )
+    assert message == ("error: There is no arch 'smal'; choose one of tiny, small, medium, large.")
