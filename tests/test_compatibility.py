@@ -13,6 +13,8 @@ spec = importlib.util.spec_from_file_location('check_python', REPO / 'tools/chec
 tool = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tool)
 
+#: Conditions that hold only where a newer name is there.
+CONDITIONS = ('reading.takes_safe_globals()',)
 SOURCES = sorted([*REPO.glob('pvt_mm/*.py'), *REPO.glob('tools/*.py')])
 
 
@@ -81,14 +83,18 @@ def torch_names(tree):
 
 
 def guarded(tree):
-    """The nodes whose absence an `except AttributeError` or `ImportError` mends."""
+    """The nodes that run only where they can, or whose AttributeError or ImportError is mended."""
     nodes = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Try) and any(
-            ast.unparse(handler.type) in ('AttributeError', 'ImportError')
-            for handler in node.handlers
-            if handler.type
-        ):
+        if isinstance(node, ast.Try):
+            safe = any(
+                ast.unparse(handler.type) in ('AttributeError', 'ImportError')
+                for handler in node.handlers
+                if handler.type
+            )
+        else:
+            safe = isinstance(node, ast.If) and ast.unparse(node.test) in CONDITIONS
+        if safe:
             nodes |= {inner for statement in node.body for inner in ast.walk(statement)}
     return nodes
 
@@ -115,6 +121,9 @@ def test_newer_names_are_noticed():
     known = {'names': ['torch', 'torch.nn'], 'newer': {'torch.new': '2.9', 'torch.nn.new': '2.9'}}
     guard = 'try:\n    torch.new\nexcept {}:\n    pass\n'
     assert faults_of('import torch\n' + guard.format('AttributeError'), known) == []
+    condition = f'import torch\nif {CONDITIONS[0]}:\n    torch.new'
+    assert faults_of(condition, known) == []
+    assert faults_of(condition.replace('if', 'if not'), known) == ['line 3: torch.new']
     assert faults_of('import torch\n' + guard.format('TypeError'), known) == ['line 3: torch.new']
     assert faults_of('from torch import nn\nnn.new', known) == ['line 2: torch.nn.new']
     assert faults_of('import torch.nn.old as o\no.x', known) == [
