@@ -70,6 +70,13 @@ def published(arch, fmt='official'):
     return convert_checkpoint(weights, to=fmt)
 
 
+#: What a training's checkpoint holds beside weights.
+STATE = {
+    'meta': dict(epoch=0, iter=1),
+    'message_hub': dict(log_scalars={}, runtime_info={}, resumed_keys={}),
+}
+
+
 class Net(BaseModel):
     """A stand-in for detectors: a backbone under its usual name, a head, and a loss."""
 
@@ -140,9 +147,7 @@ def by_load_from(arch, fmt, folder):
 
 
 def by_resume(arch, fmt, folder):
-    meta = dict(epoch=0, iter=1)
-    hub = dict(log_scalars={}, runtime_info={}, resumed_keys={})
-    torch.save({'meta': meta, 'message_hub': hub, 'state_dict': whole(arch, fmt)}, folder / 'w.pth')
+    torch.save(STATE | {'state_dict': whole(arch, fmt)}, folder / 'w.pth')
     runner = runner_of(Net(arch), folder)
     runner._train_loop = runner.build_train_loop(runner._train_loop)
     runner.resume(str(folder / 'w.pth'))
@@ -423,7 +428,7 @@ def test_the_hook_fills_every_backbone(tmp_path):
 def test_a_runner_refuses_another_arch(resume, tmp_path):
     """load_from and resume are never strict in mmengine; the refusal holds all the same."""
     runtime.setup()
-    torch.save({'state_dict': whole('b1', 'official'), 'meta': {}}, tmp_path / 'w.pth')
+    torch.save(STATE | {'state_dict': whole('b1', 'official')}, tmp_path / 'w.pth')
     runner = runner_of(Net('b0'), tmp_path, load_from=str(tmp_path / 'w.pth'), resume=resume)
     runner._train_loop = runner.build_train_loop(runner._train_loop)
     with pytest.raises(CheckpointMismatchError, match='do not fit PVTv2'):
