@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from mmengine.dist import all_reduce_params
 from mmengine.hooks import Hook
+from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.optim import OptimWrapperDict
 from mmengine.registry import HOOKS
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .checkpoint import CheckpointMismatchError, unwrap
+from .checkpoint import CheckpointMismatchError, head_tensors, unwrap
+from .classification import PVTHead
 from .formats import detect_format
 from .pyramid import PyramidBackbone
-from .reading import drop_config
+from .reading import UserError, drop_config
 
 
 @HOOKS.register_module()
@@ -41,12 +48,10 @@ class PVTCheckpointHook(Hook):
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Unwrap and prefix ``checkpoint`` in place, before it is handed to the model."""
         state_dict = unwrap(checkpoint)
-        prefixes = _backbone_prefixes(runner.model)
+        prefixes = _prefixes(runner.model, PyramidBackbone)
         bare = prefixes and not any(key.startswith(tuple(prefixes)) for key in state_dict)
         if bare and detect_format(list(state_dict)):
-            state_dict = {
-                prefix + key: value for prefix in prefixes for key, value in state_dict.items()
-            }
+            state_dict = _prefixed(state_dict, prefixes, _prefixes(runner.model, PVTHead))
         checkpoint['state_dict'] = state_dict
         drop_config(checkpoint)
         if getattr(runner, '_resume', False):
@@ -93,7 +98,7 @@ def _inner(model: Any) -> nn.Module:
 def _check_loaded(given: list[str], whole: bool, model: nn.Module, incompatible: Any) -> None:
     """Refuse a load by the keys that it left out."""
     keys = [key for key in model.state_dict() if not key.endswith('num_batches_tracked')]
-    backbones = _backbone_prefixes(model)
+    backbones = _prefixes(model, PyramidBackbone)
     # With allow_partial, a backbone that is given nothing misses nothing.
     idle = tuple(name for name in backbones if not any(key.startswith(name) for key in given))
     missing = set(incompatible.missing_keys)
@@ -109,14 +114,6 @@ def _check_loaded(given: list[str], whole: bool, model: nn.Module, incompatible:
             f'These weights are of a backbone alone, without {others[0].split(".")[0]} and the '
             'rest of the model; train from them first (--load-from).'
         )
-
-
-def _backbone_prefixes(model: nn.Module) -> list[str]:
-    return [
-        f'{name}.'.removeprefix('module.')
-        for name, module in model.named_modules()
-        if isinstance(module, PyramidBackbone) and name
-    ]
 
 
 def _check_training_state(runner: Any, checkpoint: dict[str, Any]) -> None:
@@ -173,3 +170,154 @@ def _forget_other_files(runner: Any, runtime_info: dict[str, Any]) -> None:
     steps = runtime_info.get('keep_ckpt_ids', [])
     if not (isinstance(steps, list) and all(isinstance(step, int) for step in steps)):
         del runtime_info['keep_ckpt_ids']
+
+
+@HOOKS.register_module()
+class SharedStatisticsHook(Hook):
+    """Average BatchNorm's statistics over the ranks after every iteration of a training.
+
+    SyncBN needs CUDA. With plain BN each rank would validate with statistics of its own, and a
+    checkpoint would hold the first rank's.
+    """
+
+    priority = 'VERY_HIGH'
+
+    def after_train_iter(self, runner: Any, *args: Any, **kwargs: Any) -> None:
+        """Average all buffers of the model, which differ in nothing else."""
+        all_reduce_params(runner.model.buffers(), op='mean')
+
+
+@HOOKS.register_module()
+class NonFiniteHook(Hook):
+    """Stop a training whose loss or gradients are not finite, with its weights still sound.
+
+    A loss that is infinite or NaN stops it at once. Non-finite gradients alone are not applied, and
+    stop it when they come in so many updates in a row: the loss scaling of mixed precision meets
+    some while it looks for its scale, and goes without those updates too.
+
+    Args:
+        patience: Updates in a row with non-finite gradients that stop the training. The default
+            lets loss scaling come down from its 65,536 to 1 and below.
+    """
+
+    priority = 'HIGH'  # before checkpoints, averages and logs
+
+    def __init__(self, patience: int = 20) -> None:
+        if patience < 1:
+            raise UserError(f'NonFiniteHook: patience={patience} must be 1 or more.')
+        self.patience = patience
+        self._finite: bool | None = None
+        self._in_a_row = 0
+        self._handle: Any = None
+
+    def before_train(self, runner: Any) -> None:
+        """Look at the gradients right before each update, when they are unscaled and clipped."""
+        if self._handle is not None:
+            self._handle.remove()
+        if not isinstance(runner.optim_wrapper, OptimWrapperDict):  # with one, the loss must do
+            optimizer = runner.optim_wrapper.optimizer
+            self._handle = optimizer.register_step_pre_hook(self._before_step)
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group['params']]
+        self._finite = finite_gradients(parameters)
+        if not self._finite:
+            for parameter in parameters:
+                parameter.grad = None  # which optimisers pass over
+
+    def after_train_iter(
+        self,
+        runner: Any,
+        batch_idx: int,
+        data_batch: Any = None,
+        outputs: dict[str, Any] | None = None,
+    ) -> None:
+        """Stop where the loss, or too many updates in a row, were not finite.
+
+        Raises:
+            UserError: Naming the iteration, its images and the ways on.
+        """
+        finite, self._finite = self._finite, None
+        losses = {name: value.item() for name, value in (outputs or {}).items() if 'loss' in name}
+        bad = {name: value for name, value in losses.items() if not math.isfinite(value)}
+        if bad:
+            listed = ', '.join(f'{name} {value}' for name, value in bad.items())
+            raise UserError(_stopped(runner, data_batch, f'the loss is not finite ({listed})'))
+        scaler = hasattr(runner.optim_wrapper, 'loss_scaler')
+        if finite is None and not (scaler and runner.optim_wrapper.should_update()):
+            return  # gradients are still accumulated
+        if finite:
+            self._in_a_row = 0
+            return
+        self._in_a_row += 1
+        if self._in_a_row >= self.patience:
+            what = f'the gradients are not finite, in {self._in_a_row} update(s) in a row'
+            raise UserError(_stopped(runner, data_batch, what))
+        if not scaler:
+            print_log(
+                f'Iteration {runner.iter + 1}: no update, for the gradients are not finite; '
+                f'images: {_images(data_batch)}.',
+                logger='current',
+                level=logging.WARNING,
+            )
+
+
+def finite_gradients(parameters: list[torch.nn.Parameter]) -> bool:
+    """Tell whether all gradients are finite, with one synchronisation of a GPU."""
+    gradients = [p.grad.detach() for p in parameters if p.grad is not None]
+    # The largest absolute value, for a sum of squares may overflow.
+    largest = [torch.linalg.vector_norm(g.float(), math.inf) for g in gradients if g.numel()]
+    if not largest:
+        return True
+    return bool(torch.stack([norm.to(largest[0].device) for norm in largest]).isfinite().all())
+
+
+def _stopped(runner: Any, data_batch: Any, what: str) -> str:
+    """Say where a training stopped, and how to go on."""
+    wrapper = runner.optim_wrapper
+    amp = ' without --amp' if 'Amp' in type(wrapper).__name__ else ''
+    clip = ''
+    if not wrapper.clip_grad_kwargs:
+        clip = ' with gradient clipping (--cfg-options optim_wrapper.clip_grad.max_norm=1)'
+    rate = f'--cfg-options optim_wrapper.optimizer.lr={wrapper.optimizer.defaults["lr"] / 10:.3g}'
+    file = Path(runner.work_dir) / 'last_checkpoint'
+    if file.is_file():
+        checkpoint = file.read_text().strip()
+        ways = [f'go on from it by --resume{amp}{clip}'] if amp or clip else []
+        ways.append(f'start anew from its weights with --load-from {checkpoint} {rate}')
+        place = f'The last checkpoint is {checkpoint}'
+    else:
+        ways = [f'start again{amp}{clip}'] if amp or clip else []
+        ways.append(f'start again with {rate}')
+        place = 'There is no checkpoint yet'
+    return (
+        f'Training stopped at iteration {runner.iter + 1}: {what}; images of the batch: '
+        f'{_images(data_batch)}. {place}: {", or ".join(ways)}.'
+    )
+
+
+def _images(node: Any) -> str:
+    """List the images of a batch."""
+    if isinstance(node, dict):
+        node = list(node.values())
+    if isinstance(node, (list, tuple)):
+        return ', '.join(filter(None, map(_images, node)))
+    return str(getattr(node, 'img_path', ''))
+
+
+def _prefixed(weights: dict[str, Any], backbones: list[str], heads: list[str]) -> dict[str, Any]:
+    """Put bare weights in their places: the classifier in the heads, where there are any."""
+    classifier = head_tensors(weights) if heads else {}
+    taken = {id(tensor) for tensor in classifier.values()}
+    rest = {key: value for key, value in weights.items() if id(value) not in taken}
+    placed = {prefix + key: value for prefix in backbones for key, value in rest.items()}
+    return placed | {prefix + leaf: t for prefix in heads for leaf, t in classifier.items()}
+
+
+def _prefixes(model: nn.Module, kind: type[nn.Module]) -> list[str]:
+    """Return the places, such as ``'backbone.'``, of every module of a kind below a model."""
+    return [
+        f'{name}.'.removeprefix('module.')
+        for name, module in model.named_modules()
+        if isinstance(module, kind) and name
+    ]

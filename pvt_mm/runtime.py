@@ -7,12 +7,10 @@ One line in a script of one's own does what the bundled tools do::
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import socket
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +18,13 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.logging import print_log
-from mmengine.optim import OptimWrapper
-from mmengine.registry import OPTIM_WRAPPERS
-from torch import nn
 
+from .nests import dicts
 from .reading import UserError, read_checkpoint
 from .sources import register_safe_reading
 
 __all__ = [
-    'CPUAmpOptimWrapper',
     'UserError',
-    'bf16_features',
     'leave_together',
     'read_checkpoint',
     'setup',
@@ -99,25 +93,38 @@ def _refuse_pickled_array(root: str, name: str) -> None:
 
 
 def _adapt_to_cpu(cfg: Config) -> None:
-    _replace_types(cfg._cfg_dict, {'SyncBN': 'BN', 'mmseg.SyncBN': 'BN'})
+    for node in dicts(cfg._cfg_dict):
+        if node.get('type') in ('SyncBN', 'mmseg.SyncBN'):
+            node['type'] = 'BN'
     wrapper = cfg.get('optim_wrapper')
     if wrapper and wrapper.get('type') == 'AmpOptimWrapper':
-        print_log('No CUDA: mixed precision runs in bf16 on the CPU.', logger='current')
-        wrapper['type'] = 'CPUAmpOptimWrapper'
-        for key in ('loss_scale', 'dtype', 'use_fsdp'):  # bf16 needs no loss scaling
-            wrapper.pop(key, None)
+        _compute_in_bf16(cfg)
     if cfg.get('launcher', 'none') != 'none':
         _launch_gloo(cfg)
 
 
-def _replace_types(node: Any, types: dict[str, str]) -> None:
-    if isinstance(node, dict):
-        if node.get('type') in types:
-            node['type'] = types[node['type']]
-        node = list(node.values())
-    if isinstance(node, (list, tuple)):
-        for child in node:
-            _replace_types(child, types)
+def _compute_in_bf16(cfg: Config) -> None:
+    """Turn mixed precision, which mmengine has for GPUs only, into bf16 in every PVT.
+
+    Necks and heads stay in fp32: mmcv's RoIAlign and NMS have no bf16 on a CPU. bf16 has the range
+    of fp32, so no loss is scaled.
+    """
+    backbones = [
+        node
+        for node in dicts(cfg._cfg_dict.get('model'))
+        if str(node.get('type')).rpartition('.')[2] in ('PVT', 'PVTv2')
+    ]
+    if not backbones:
+        raise UserError(
+            'Mixed precision without CUDA runs in the PVT alone, and this config has none; '
+            'train without --amp, or with optim_wrapper.type=OptimWrapper.'
+        )
+    print_log('No CUDA: mixed precision runs in bf16, in the backbone alone.', logger='current')
+    for backbone in backbones:
+        backbone['compute_dtype'] = 'bfloat16'
+    cfg.optim_wrapper['type'] = 'OptimWrapper'
+    for key in ('loss_scale', 'dtype', 'use_fsdp'):
+        cfg.optim_wrapper.pop(key, None)
 
 
 def _launch_gloo(cfg: Config) -> None:
@@ -138,6 +145,7 @@ def _launch_gloo(cfg: Config) -> None:
         broadcast_buffers=False,
         find_unused_parameters=cfg.get('find_unused_parameters', False),
     )
+    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='SharedStatisticsHook')]
 
 
 def _loopback() -> str:
@@ -160,54 +168,3 @@ def leave_together() -> None:
         sys.stderr.flush()
         os._exit(0)
     torch.distributed.destroy_process_group()
-
-
-@OPTIM_WRAPPERS.register_module()
-class CPUAmpOptimWrapper(OptimWrapper):
-    """Train in bf16 on a CPU: backbone and neck under autocast, heads and losses in fp32.
-
-    mmcv's RoIAlign and NMS have no bf16 on a CPU, so features are cast back before the heads. bf16
-    has the range of fp32: no loss scaling is needed.
-    """
-
-    @contextlib.contextmanager
-    def optim_context(self, model: nn.Module) -> Iterator[None]:
-        """Run the forward pass of a training step with features in bf16."""
-        with super().optim_context(model), bf16_features(model):
-            yield
-
-
-@contextlib.contextmanager
-def bf16_features(model: nn.Module) -> Iterator[None]:
-    """Run every backbone and neck in ``model`` under bf16 autocast; they return fp32.
-
-    Args:
-        model: A detector or segmentor, wrapped or not.
-    """
-    parts = [
-        module
-        for name, module in model.named_modules()
-        if name.rpartition('.')[2] in ('backbone', 'neck')
-    ]
-    forwards = [part.forward for part in parts]
-    try:
-        for part, forward in zip(parts, forwards):
-            part.forward = _autocast_forward(forward)
-        yield
-    finally:
-        for part in parts:
-            part.__dict__.pop('forward', None)
-
-
-def _autocast_forward(forward: Any) -> Any:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast('cpu', torch.bfloat16):
-            return _to_float(forward(*args, **kwargs))
-
-    return run
-
-
-def _to_float(features: Any) -> Any:
-    if isinstance(features, torch.Tensor):
-        return features.float()
-    return type(features)(_to_float(feature) for feature in features)

@@ -1,0 +1,54 @@
+"""Check a config's data set before training: what is odd, by file, and what training would do.
+
+Reads data sets in COCO's format and those of mmseg, with the config's own loading transforms, on
+all cores. Exit code 1 where training would stop on something.
+
+Example:
+    python tools/check_dataset.py configs/retinanet_pvt_s_fpn_1x_coco.py --data-root /data/coco
+"""
+
+import argparse
+import functools
+import sys
+
+from rich.console import Console
+from rich.progress import track
+
+from pvt_mm import cli, data_checks
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('config', help='config file of mmdet or mmseg kind')
+    parser.add_argument('--data-root', metavar='DIR', help='where the data set lies, if elsewhere')
+    parser.add_argument(
+        '--split',
+        choices=('train', 'val', 'test', 'all'),
+        default='all',
+        help='which data set of the config (default: all)',
+    )
+    parser.add_argument(
+        '--all',
+        action='store_true',
+        help='list every file (default: the first 10 of each kind on which training goes on)',
+    )
+    return parser.parse_args()
+
+
+@cli.main_errors
+def main() -> None:
+    args = parse_args()
+    cfg = cli.load_config(args.config, data_root=args.data_root)
+    loaders = cli.LOADERS if args.split == 'all' else (f'{args.split}_dataloader',)
+    loaders = [loader for loader in loaders if cfg.get(loader)]
+    cli.check_data(cfg, loaders)
+    progress = functools.partial(track, description='images', console=Console(stderr=True))
+    findings, images = data_checks.check_config(cfg, args.config, loaders, progress)
+    print(data_checks.report(findings, images, None if args.all else 10))
+    sys.exit(1 if data_checks.stops(findings) else 0)
+
+
+if __name__ == '__main__':
+    main()
