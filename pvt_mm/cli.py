@@ -44,7 +44,7 @@ def main_errors(main: Callable[[], None]) -> Callable[[], None]:
         try:
             main()
         except SystemExit as end:
-            if end.code == 0:  # the parser has printed its help
+            if end.code == 0 and {'-h', '--help'} & set(sys.argv):  # which was printed
                 print('  --debug  print the traceback of an error')
             raise
         except (UserError, ArchError, CheckpointMismatchError, KeyError) as error:
