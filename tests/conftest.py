@@ -119,6 +119,7 @@ def failing(run_tool, capsys):
         captured = capsys.readouterr()
         assert 'Traceback' not in captured.err
         (line,) = [line for line in captured.err.splitlines() if line.startswith('error: ')]
+        assert captured.err.rstrip().endswith(line), 'one line, and the last'
         return line
 
     return run

@@ -219,23 +219,6 @@ def start(checkpoint):
     return f'{place}.type=Pretrained', f'{place}.checkpoint={checkpoint}'
 
 
-@pytest.fixture
-def failing(tmp_path, capsys):
-    """Run a tool that must fail in one line, with exit code 1; return the line."""
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as stop:
-            run_main(tmp_path, *arguments)
-        assert stop.value.code == 1
-        printed = capsys.readouterr().err
-        assert 'Traceback' not in printed
-        (line,) = [line for line in printed.splitlines() if line.startswith('error: ')]
-        assert printed.rstrip().endswith(line)
-        return line
-
-    return run
-
-
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('road', ROADS)
 def test_bad_checkpoints_are_refused_in_one_sentence(
