@@ -749,6 +749,19 @@ def test_only_mmengines_own_hook_is_replaced(hook, kind, backend, tmp_path):
     assert found.get('backend_args') in (backend, dict(backend=backend))
 
 
+@pytest.mark.parametrize('hooks', [None, {}, dict(checkpoint=None)])
+def test_a_config_without_the_hook_gets_mmengines_default(hooks, tmp_path):
+    """Unless it says that it wants none."""
+    cfg = make_config(tmp_path, 'epochs', default_hooks=hooks)
+    resume.setup(cfg)
+    if hooks:
+        assert cfg.default_hooks.checkpoint is None
+    else:
+        assert cfg.default_hooks.checkpoint == dict(
+            type='ResumableCheckpointHook', interval=1, backend_args=dict(backend='atomic')
+        )
+
+
 # Same seed, same run
 
 
