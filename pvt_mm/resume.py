@@ -94,13 +94,16 @@ def _keep_seed(cfg: Config, seed: int) -> None:
 
 
 def _use_resumable_hook(cfg: Config) -> None:
-    hooks = cfg.setdefault('default_hooks', {})
-    hook = hooks.setdefault('checkpoint', dict(type='CheckpointHook', interval=1))
-    if not hook or hook.get('type', CheckpointHook) not in ('CheckpointHook', CheckpointHook):
+    """Put the hook below in the place of mmengine's own, named in the config or its default."""
+    hooks = dict(cfg.get('default_hooks') or {})
+    hook = hooks.get('checkpoint', dict(type='CheckpointHook', interval=1))
+    own = ('CheckpointHook', 'mmengine.CheckpointHook', CheckpointHook)
+    if hook is None or hook.get('type') not in own:
         return
     hook['type'] = 'ResumableCheckpointHook'
     if '://' not in str(hook.get('out_dir')) and not hook.get('file_client_args'):
         hook.setdefault('backend_args', dict(backend='atomic'))
+    cfg.default_hooks = dict(hooks, checkpoint=hook)
 
 
 # Random numbers

@@ -16,6 +16,7 @@ import stat
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +156,7 @@ def quick(monkeypatch):
 
 
 def last_checkpoint(work_dir):
+    runtime.setup()
     return runtime.read_checkpoint((Path(work_dir) / 'last_checkpoint').read_text())
 
 
@@ -214,17 +216,43 @@ def test_a_killed_training_ends_as_one_never_killed(schedule, never_killed, tmp_
     assert keep is None or len(files) == keep, 'those that were to be deleted are'
 
 
+def apart(function, *args):
+    """Run a function in a forked process and return its exit code; 3 where it is killed.
+
+    The workers of a training that stops half way would trouble this process for minutes.
+    """
+
+    def run():
+        torch.set_num_threads(1)
+        code = 0
+        try:
+            function(*args)
+        except Killed:
+            code = 3
+        except SystemExit as stop:
+            code = stop.code
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        sys.stderr.flush()
+        os._exit(code)
+
+    process = multiprocessing.get_context('fork').Process(target=run)
+    process.start()
+    process.join(120)
+    return process.exitcode
+
+
 @pytest.mark.parametrize('schedule', ['epochs', 'iterations'])
 def test_it_does_so_with_workers_and_a_seed_that_nobody_gave(schedule, tmp_path):
     """Two persistent workers, killed and resumed; mmengine alone would shuffle anew."""
     cfg = make_config(tmp_path / 'run', schedule, workers=2, randomness=dict(seed=None))
-    killer = dict(type='Killer', moment='after_train_iter', iteration=11)
-    cfg.custom_hooks.append(killer)
-    with pytest.raises(Killed):
-        train(cfg)
+    cfg.custom_hooks.append(dict(type='Killer', moment='after_train_iter', iteration=11))
+    assert apart(train, cfg) == 3
     seed = last_checkpoint(tmp_path / 'run')['meta']['seed']
-    train(make_config(tmp_path / 'run', schedule, 2, randomness=dict(seed=None), resume=True))
-    train(make_config(tmp_path / 'whole', schedule, 0, randomness=dict(seed=seed)))
+    cfg = make_config(tmp_path / 'run', schedule, 2, randomness=dict(seed=None), resume=True)
+    assert apart(train, cfg) == 0
+    cfg = make_config(tmp_path / 'whole', schedule, 0, randomness=dict(seed=seed))
+    assert apart(train, cfg) == 0
     assert outcome(tmp_path / 'run') == outcome(tmp_path / 'whole')
 
 
@@ -313,27 +341,19 @@ def make_gloo_config(work_dir, *hooks, **more):
 
 
 def launch(cfg, code=0):
-    """Train in two forked processes, which must end with a code."""
+    """Train in two processes, which must end with a code."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
-    fork = multiprocessing.get_context('fork')
-    ranks = [fork.Process(target=run_rank, args=(rank, port, cfg)) for rank in range(2)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(60)
-    assert [rank.exitcode for rank in ranks] == [code, code]
+    with ThreadPoolExecutor(2) as pool:
+        codes = pool.map(lambda rank: apart(train_rank, rank, port, cfg), range(2))
+    assert list(codes) == [code, code]
 
 
-def run_rank(rank, port, cfg):
+def train_rank(rank, port, cfg):
     place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2, MASTER_PORT=port)
     os.environ.update({key: str(value) for key, value in place.items()}, MASTER_ADDR='127.0.0.1')
-    torch.set_num_threads(1)
-    try:
-        train(cfg)
-    except Killed:
-        os._exit(3)
+    train(cfg)
     runtime.leave_together()
 
 
@@ -570,20 +590,22 @@ class Vanisher(Hook):
             shutil.rmtree(self.folder)
 
 
-def test_a_data_set_that_vanishes(small_config, run_tool, demo_data, tmp_path, capsys):
+def test_a_data_set_that_vanishes(small_config, run_tool, demo_data, tmp_path, capfd):
     """In mid-training, seen by a worker: a line with the file, and the checkpoint before."""
     data = shutil.copytree(demo_data / 'coco', tmp_path / 'coco')
     hook = dict(type='Vanisher', folder=str(data / 'train2017'))
     extra = (
-        f'custom_hooks = [{hook}]\ntrain_cfg["max_epochs"] = 4\n'
+        f'custom_hooks = [{hook}]\ntrain_cfg.update(max_epochs=4, val_interval=4)\n'
         'train_dataloader.update(num_workers=2, persistent_workers=True)'
     )
-    with pytest.raises(SystemExit) as stop:
-        run_tool('train', small_config('det', extra), '--data-root', data, '--work-dir', 'run')
-    assert stop.value.code == 1
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith('error: ')]
+    config = small_config('det', extra)
+    assert apart(run_tool, 'train', config, '--data-root', data, '--work-dir', 'run') == 1
+    error = capfd.readouterr().err
+    (line,) = [line for line in error.splitlines() if line.startswith('error: ')]
+    assert 'Traceback' not in error
     assert 'missing file' in line and f'{data}/train2017/0000' in line
     saved = (tmp_path / 'run' / 'last_checkpoint').read_text()
+    assert line.endswith(f'then go on with --resume: {saved} is whole.')
     assert f'epoch_{resume.read_training(saved)["meta"]["epoch"]}.pth' == Path(saved).name
 
 
@@ -725,6 +747,19 @@ def test_only_mmengines_own_hook_is_replaced(hook, kind, backend, tmp_path):
     found = cfg.default_hooks.checkpoint
     assert found.type == kind
     assert found.get('backend_args') in (backend, dict(backend=backend))
+
+
+@pytest.mark.parametrize('hooks', [None, {}, dict(checkpoint=None)])
+def test_a_config_without_the_hook_gets_mmengines_default(hooks, tmp_path):
+    """Unless it says that it wants none."""
+    cfg = make_config(tmp_path, 'epochs', default_hooks=hooks)
+    resume.setup(cfg)
+    if hooks:
+        assert cfg.default_hooks.checkpoint is None
+    else:
+        assert cfg.default_hooks.checkpoint == dict(
+            type='ResumableCheckpointHook', interval=1, backend_args=dict(backend='atomic')
+        )
 
 
 # Same seed, same run
