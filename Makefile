@@ -1,9 +1,10 @@
 # `make help` lists what there is. A second run does nothing that is done.
 STACK  ?= openmmlab
 PYTHON ?= python3
-VENV   ?= .venv
+VENV   ?= $(if $(filter onedl,$(STACK)),.venv-onedl,.venv)
 JOBS   ?= $(shell nproc)
 QUICK  ?=
+TESTS  ?=
 
 ifeq ($(filter $(STACK),openmmlab onedl),)
 $(error STACK=$(STACK) is not known: say STACK=openmmlab (the default) or STACK=onedl)
@@ -23,6 +24,7 @@ help:
 	@echo 'make clean      remove caches, build products and what the demo wrote; the venv stays'
 	@echo
 	@echo 'Variables: STACK=openmmlab|onedl  PYTHON=$(PYTHON)  VENV=$(VENV)  JOBS=$(JOBS)  QUICK=1 (demo)'
+	@echo '           TESTS="tests/test_tools.py ..." (test; all by default)'
 
 install: $(STAMP)
 
@@ -37,7 +39,7 @@ demo-all: install
 	$(BIN)/python tools/demo.py --task all $(if $(QUICK),--quick)
 
 test: install
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(TESTS)
 
 lint: install
 	$(BIN)/ruff check .

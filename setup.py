@@ -6,6 +6,11 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+# What single features need. A torchvision is built for one PyTorch, so pip may bring that too.
+EXTRAS = {
+    'classification': ['mmpretrain==1.2.0', 'torchvision'],
+    'fast-eval': ['faster-coco-eval>=1.8'],
+}
 # Where OpenMMLab's tools look inside the package, and what they find there.
 MIM_LINKS = {
     'configs/pvt': '../../../configs',
@@ -61,7 +66,7 @@ setup(
     python_requires='>=3.10',
     install_requires=['torch>=2.1', 'numpy'],
     # Both stacks provide the same modules, so neither can be a hard requirement.
-    extras_require={stack: read_pins(stack) for stack in ('openmmlab', 'onedl')},
+    extras_require={stack: read_pins(stack) for stack in ('openmmlab', 'onedl')} | EXTRAS,
     packages=find_packages(include=['pvt_mm', 'pvt_mm.*']),
     # setuptools follows the links, so that a wheel holds the files themselves.
     include_package_data=False,

@@ -11,8 +11,10 @@ with warnings.catch_warnings():
 
 from .checkpoint import CheckpointMismatchError, convert_checkpoint  # noqa: E402
 from .hooks import NonFiniteHook, PVTCheckpointHook  # noqa: E402
+from .optim import PVTOptimWrapperConstructor  # noqa: E402
 from .pvt import PVT  # noqa: E402
 from .pvt_v2 import PVTv2  # noqa: E402
+from .resume import ResumableBatchSampler, ResumableCheckpointHook  # noqa: E402
 from .swap import swap_backbone  # noqa: E402
 from .version import __version__  # noqa: E402
 
@@ -21,7 +23,10 @@ __all__ = [
     'CheckpointMismatchError',
     'NonFiniteHook',
     'PVTCheckpointHook',
+    'PVTOptimWrapperConstructor',
     'PVTv2',
+    'ResumableBatchSampler',
+    'ResumableCheckpointHook',
     '__version__',
     'convert_checkpoint',
     'swap_backbone',

@@ -72,6 +72,10 @@ def resolve_arch(
     for key in sorted(required):
         if len(arch[key]) != len(STRIDES):
             raise ArchError(f'arch[{key!r}] must have {len(STRIDES)} values, got {arch[key]}.')
+        whole = key != 'mlp_ratios'
+        if any(value <= 0 or (whole and value != int(value)) for value in arch[key]):
+            kind = 'positive whole numbers' if whole else 'positive numbers'
+            raise ArchError(f'arch[{key!r}] must hold {kind}, got {arch[key]}.')
     for dim, heads in zip(arch['dims'], arch['num_heads']):
         if dim % heads:
             raise ArchError(f'A width of {dim} does not split into {heads} attention heads.')

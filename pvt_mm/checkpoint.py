@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -44,22 +44,43 @@ def to_atoms(state_dict: Mapping[str, Tensor], fmt: Format) -> dict[Atom, Tensor
 
     Position embeddings come out as (1, H*W, C), or (1, H, W, C) where the format stores the grid,
     with the class token's slot apart as ``cls_position``.
+
+    Raises:
+        CheckpointMismatchError: Where a tensor has not as many dimensions as its layer's.
     """
     atoms: dict[Atom, Tensor] = {}
     for key, tensor in state_dict.items():
         held = match(key, fmt)
         if not held:
             continue
-        if fmt.conv_mlp and held[0].part in MLP_LINEARS:
-            tensor = tensor.flatten(1) if tensor.ndim > 1 else tensor  # (out, in, 1, 1): linear
+        rank = getattr(tensor, 'ndim', 0)
+        if fmt.conv_mlp and held[0].part in MLP_LINEARS and rank == 4:
+            tensor, rank = tensor.flatten(1), 2  # (out, in, 1, 1): linear
+        if rank not in _ranks(held[0]):
+            raise CheckpointMismatchError(
+                f'{key} is {tuple(tensor.shape) if rank else "no tensor of a layer"}, which does '
+                'not fit any PVT.'
+            )
         atoms.update(zip(held, tensor.chunk(len(held)) if len(held) > 1 else (tensor,)))
     _split_class_position(atoms)
     return atoms
 
 
+def _ranks(atom: Atom) -> Sequence[int]:
+    """Return how many dimensions a tensor may have."""
+    name = atom.part.rpartition('.')[2]
+    if not atom.leaf:
+        return (3, 4)  # position embeddings, class token
+    if atom.leaf == 'bias' or 'norm' in name:
+        return (1,)
+    if name == 'sr':
+        return (2, 4)  # linear behind pooling, or a convolution
+    return (4,) if atom.part == 'patch_embed.proj' or name == 'dwconv' else (2,)
+
+
 def _split_class_position(atoms: dict[Atom, Tensor]) -> None:
     """Split the class token's slot, the first, off a flat position embedding of H*W + 1 tokens."""
-    last = max((atom.stage for atom in atoms if atom.part == 'pos_embed'), default=-1)
+    last = _last_position(atoms)
     atom = Atom('pos_embed', last)
     position = atoms.get(atom)
     if position is None or position.ndim != 3:
@@ -69,7 +90,11 @@ def _split_class_position(atoms: dict[Atom, Tensor]) -> None:
     # Each stage halves the grid; without the stage before, a square grid tells.
     odd = before is not None and before.ndim == 3 and before.shape[1] == 4 * (tokens - 1)
     if odd or (not _is_square(tokens) and _is_square(tokens - 1)):
-        atoms[Atom('cls_position', last)], atoms[atom] = position[:, :1], position[:, 1:]
+        atoms[Atom('cls_position')], atoms[atom] = position[:, :1], position[:, 1:]
+
+
+def _last_position(atoms: Mapping[Atom, Any]) -> int:
+    return max((atom.stage for atom in atoms if atom.part == 'pos_embed'), default=-1)
 
 
 def _is_square(number: int) -> bool:
@@ -156,8 +181,8 @@ def _write_position(
     if fmt.grid_position:
         return _position_grid(position, None)
     flat = position.flatten(1, -2)  # (1, H*W, C)
-    slot = atoms.get(Atom('cls_position', atom.stage))
-    if slot is None or ('cls_token',) not in fmt.rows:
+    slot = atoms.get(Atom('cls_position'))
+    if slot is None or atom.stage < _last_position(atoms) or ('cls_token',) not in fmt.rows:
         return flat
     return torch.cat([slot, flat], 1)
 
@@ -183,8 +208,8 @@ def convert_checkpoint(
         arch: Such as ``'small'`` or ``'b2'``: refuse weights of another one.
 
     Returns:
-        The same tensors under the other format's names. pvt_mm and mmdet have no classifier, so
-        they leave out head, final norm and class token.
+        The same tensors under the other format's names. mmdet has no classifier, so it leaves out
+        head, final norm and class token.
 
     Raises:
         CheckpointMismatchError: Where the format is not recognised, or the arch is not ``arch``.
@@ -205,6 +230,19 @@ def convert_checkpoint(
         return converted
     rest = {key: value for key, value in tensors.items() if key[:9] != 'backbone.'}
     return {f'backbone.{key}': value for key, value in converted.items()} | rest
+
+
+def bare_backbone(state_dict: Mapping[str, Any], arch: str | None = None) -> dict[str, Tensor]:
+    """Convert a backbone's or classifier's weights to pvt_mm's format, without the classifier.
+
+    Arguments and errors are those of :func:`convert_checkpoint`.
+    """
+    converted = convert_checkpoint(state_dict, 'pvt_mm', arch)
+    return {
+        key: tensor
+        for key, tensor in converted.items()
+        if match(key, PVT_MM)[0].part not in CLASSIFICATION_PARTS
+    }
 
 
 def _target_format(name: str, arch: Arch | None) -> Format:
@@ -296,6 +334,18 @@ def adapt_channels(weight: Tensor, in_channels: int, mode: str) -> Tensor:
     return weight[:, [i % channels for i in range(in_channels)]] * (channels / in_channels)
 
 
+def head_tensors(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return a classifier's ``weight`` and ``bias`` out of published weights in any format.
+
+    Empty where they hold none, or are of a format that is not known.
+    """
+    tensors = unwrap(checkpoint)
+    fmt = detect_format(list(tensors))
+    if fmt is None:
+        return {}
+    return {atom.leaf: t for atom, t in to_atoms(tensors, fmt).items() if atom.part == 'head'}
+
+
 def load_into_backbone(
     state_dict: dict[str, Any],
     prefix: str,
@@ -306,8 +356,8 @@ def load_into_backbone(
 ) -> str:
     """Rewrite, in place, the weights under a prefix to a backbone's names and shapes.
 
-    What only classification has, and stages that the backbone does not have, is dropped. Keys that
-    no format knows stay, so that a strict load reports them.
+    What the backbone does not have is dropped where only classification has it, as are stages. Keys
+    that no format knows stay, so that a strict load reports them.
 
     Args:
         state_dict: Weights of a whole model; under ``prefix`` in any format.
@@ -322,7 +372,7 @@ def load_into_backbone(
 
     Raises:
         CheckpointMismatchError: Where backbone tensors are missing, have another shape, or have no
-            place, unless ``allow_partial``.
+            place, unless ``allow_partial`` and some fit.
     """
     own = {key.removeprefix(prefix): v for key, v in state_dict.items() if key.startswith(prefix)}
     inner = unwrap(own)
@@ -336,16 +386,18 @@ def load_into_backbone(
         if tensors[_FIRST_CONV].shape[1] != channels:
             tensors[_FIRST_CONV] = adapt_channels(tensors[_FIRST_CONV], channels, adapt_in_channels)
     fits = {k: t for k, t in tensors.items() if t.shape == target[k].shape}
-    surplus = _surplus(atoms, target)
-    if (len(fits) < len(target) or surplus) and not allow_partial:
-        raise CheckpointMismatchError(_mismatch(name, atoms, tensors, target))
+    wanted = {atom for key in target for atom in match(key, PVT_MM)}
+    surplus = _surplus(atoms, wanted)
+    in_part = len(fits) < len(target) or surplus
+    if in_part and not (allow_partial and (fits or not own)):
+        raise CheckpointMismatchError(_mismatch(name, atoms, tensors, target, surplus))
     unknown = {key: value for key, value in inner.items() if not match(key, fmt)}
     for key in own:
         del state_dict[prefix + key]
     for key, value in (unknown | dict(target) | fits).items():
         state_dict[prefix + key] = value
     found = recognise_arch(atoms)
-    dropped = sorted({_label(atom) for atom in atoms if _is_dropped(atom, target)}) + surplus
+    dropped = sorted({_label(atom) for atom in atoms if _is_dropped(atom, wanted)}) + surplus
     return (
         f'{name}: loaded {len(fits)} of {len(target)} backbone tensors from weights of '
         f'{(found and found.name) or "a custom arch"} in {fmt.name} format; '
@@ -353,18 +405,17 @@ def load_into_backbone(
     )
 
 
-def _surplus(atoms: Mapping[Atom, Any], target: Mapping[str, Tensor]) -> list[str]:
+def _surplus(atoms: Mapping[Atom, Any], wanted: Set[Atom]) -> list[str]:
     """Name what the weights hold, in stages that the backbone has, beyond what it takes."""
-    wanted = {atom for key in target for atom in match(key, PVT_MM)}
-    surplus = [a for a in atoms if a not in wanted and not _is_dropped(a, target)]
+    surplus = [a for a in atoms if a not in wanted and not _is_dropped(a, wanted)]
     places = [f'blocks.{atom.block}' if atom.block >= 0 else atom.part for atom in surplus]
     return sorted({f'stages.{atom.stage}.{place}' for atom, place in zip(surplus, places)})
 
 
-def _is_dropped(atom: Atom, target: Mapping[str, Tensor]) -> bool:
+def _is_dropped(atom: Atom, wanted: Set[Atom]) -> bool:
     if atom.part in CLASSIFICATION_PARTS:
-        return True
-    return not any(key.startswith(f'stages.{atom.stage}.') for key in target)
+        return atom not in wanted
+    return not any(atom.stage == other.stage for other in wanted)
 
 
 def _label(atom: Atom) -> str:
@@ -379,6 +430,7 @@ def _mismatch(
     atoms: Mapping[Atom, Tensor],
     tensors: Mapping[str, Tensor],
     target: Mapping[str, Tensor],
+    surplus: Sequence[str],
 ) -> str:
     expected = recognise_arch({a: t for k, t in target.items() for a in match(k, PVT_MM)})
     wrong = []
@@ -388,7 +440,7 @@ def _mismatch(
         elif tensors[key].shape != own.shape:
             wrong.append(f'{key} is {tuple(tensors[key].shape)}, not {tuple(own.shape)}')
     fitting = len(target) - len(wrong)
-    wrong += [f'{key} has no place' for key in _surplus(atoms, target)]
+    wrong += [f'{key} has no place' for key in surplus]
     found = recognise_arch(atoms)
     first = '; '.join(wrong[:3]) + ('; ...' if len(wrong) > 3 else '')
     return (

@@ -3,48 +3,67 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import functools
-import os
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, ConfigDict, DictAction
 
+from . import configs, nests, reading
 from ._install import pinned
 from .archs import ArchError
 from .checkpoint import CheckpointMismatchError
-from .runtime import UserError
+from .releases import first_with
+from .runtime import UserError, setup
+from .sources import load_from_file
 
+CODEBASES = ('mmdet', 'mmseg', 'mmpretrain')
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 
 
 def main_errors(main: Callable[[], None]) -> Callable[[], None]:
-    """Make a tool's ``main`` print bad input as one sentence and exit with code 1."""
+    """Make a tool's ``main`` read files safely and print bad input as one sentence, with code 1.
+
+    Every such tool takes ``--debug``, which prints the traceback as well.
+    """
 
     @functools.wraps(main)
     def run() -> None:
         # mmengine imports pkg_resources; its warning says nothing to the user of a tool.
         warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
+        debug = '--debug' in sys.argv
+        sys.argv = [argument for argument in sys.argv if argument != '--debug']
+        setup()
         try:
             main()
-        except (UserError, CheckpointMismatchError, ArchError) as error:
-            message = str(error)
-        except KeyError as error:
-            message = _unregistered(str(error))
+        except SystemExit as end:
+            if end.code == 0 and {'-h', '--help'} & set(sys.argv):  # which was printed
+                print('  --debug  print the traceback of an error')
+            raise
+        except (UserError, ArchError, CheckpointMismatchError, KeyError) as error:
+            message = _sentence(error)
             if not message:
                 raise
-        else:
-            return
-        print(f'error: {message}', file=sys.stderr)
-        sys.exit(1)
+            if debug:
+                traceback.print_exc()
+            print(f'error: {message}', file=sys.stderr)
+            sys.exit(1)
 
     return run
+
+
+def _sentence(error: Exception) -> str:
+    """Return what is told of an error; empty where it is no bad input."""
+    if isinstance(error, CheckpointMismatchError):
+        return f'{reading.last_read}: {error}'
+    return _unregistered(str(error)) if isinstance(error, KeyError) else str(error)
 
 
 def _unregistered(message: str) -> str:
@@ -58,37 +77,43 @@ def _unregistered(message: str) -> str:
             f'The config uses {name} without importing it; add '
             "custom_imports = dict(imports=['pvt_mm'], allow_failed_imports=False)."
         )
-    found = f'{package} {import_module(package).__version__}, which is installed, has no {name}'
-    pin = pinned(package)
-    if pin.endswith(f'=={import_module(package).__version__}'):
+    version = import_module(package).__version__
+    found = f'{package} {version}, which is installed, has no {name}'
+    release, pin = first_with(package, name), pinned(package)
+    if release and release.startswith('onedl-') and not pin.startswith('onedl-'):
+        return f'{found}; {release}, of the maintained fork, has it: make install STACK=onedl.'
+    if pin.endswith(f'=={version}'):
         return (
             f'{found}; check the name, or if another package has it, name that in '
             'custom_imports = dict(imports=[...]).'
         )
+    if release:
+        return f'{found}; {release} was the first to have it: pip install {pin}.'
     return f'{found}; the configs of pvt_mm are made for {pin}: pip install {pin}.'
 
 
 def load_config(
-    path: str, cfg_options: dict[str, Any] | None = None, data_root: str | None = None
+    path: str,
+    cfg_options: dict[str, Any] | None = None,
+    data_root: str | None = None,
+    training_options: Sequence[str] = (),
 ) -> Config:
-    """Load a config, apply ``--cfg-options`` and ``--data-root``, and name its work dir.
+    """Load a config, apply ``--option``, ``--cfg-options``, ``--data-root``, name its work dir.
 
     Args:
-        path: A config file.
+        path: A config file, or a name such as ``mmdet::retinanet/FILE.py``.
         cfg_options: Keys with dots, and their values. A bare ``data_root``, which mmengine would
             take and ignore, is treated as the argument of that name.
         data_root: Where the data set lies; replaces the config's own root everywhere.
+        training_options: Names of files in ``configs/_base_/options``.
 
     Raises:
-        UserError: Where the file is missing or is no config, or it has several data roots.
+        UserError: Where the file is missing or is no config, it has several data roots, or there is
+            no such option.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f'There is no config {path}; {_nearest(file)}')
-    try:
-        cfg = Config.fromfile(file)
-    except (SyntaxError, KeyError, TypeError, ImportError, OSError) as error:
-        raise UserError(f'The config {path} does not load: {error}.') from error
+    cfg = configs.load(path)
+    for name in training_options:
+        add_training_option(cfg, name)
     options = dict(cfg_options or {})
     data_root = data_root or options.pop('data_root', None)
     for key in options:
@@ -98,8 +123,24 @@ def load_config(
     if data_root:
         set_data_root(cfg, data_root)
     if cfg.get('work_dir') is None:
-        cfg.work_dir = str(Path('work_dirs') / file.stem)
+        cfg.work_dir = str(Path('work_dirs') / Path(path).stem)
     return cfg
+
+
+def add_training_option(cfg: Config, name: str) -> None:
+    """Merge an option of ``configs/_base_/options`` into a config.
+
+    An option's file names what it changes ``KEY_NAME``, such as ``optim_wrapper_layer_decay``, so
+    that it can stand among a leaf's bases, where mmengine refuses a key that another one sets.
+
+    Raises:
+        UserError: Where there is no such option.
+    """
+    files = {file.stem: file for file in (configs.BUNDLED / '_base_' / 'options').glob('*.py')}
+    if name not in files:
+        raise UserError(f'There is no option {name!r}; choose of {", ".join(sorted(files))}.')
+    option = Config.fromfile(files[name])
+    cfg.merge_from_dict({key.removesuffix(f'_{name}'): option[key] for key in option})
 
 
 def _drop_none(node: Any, keys: list[str]) -> None:
@@ -111,20 +152,6 @@ def _drop_none(node: Any, keys: list[str]) -> None:
             del node[key]
             return
         node = node[key]
-
-
-def _nearest(file: Path) -> str:
-    """Name the configs, of the same folder or of pvt_mm, that come near one that is not there."""
-    bundled = Path(__file__).parent / '.mim' / 'configs' / 'pvt'
-    found = {
-        path.name: os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
-        for folder in (bundled.resolve(), file.parent.resolve())
-        for path in folder.glob('*.py')
-    }
-    near = difflib.get_close_matches(f'{file.stem}.py', found, n=3)
-    if not near:
-        return 'check the path.'
-    return f'did you mean {" or ".join(found[name] for name in near)}?'
 
 
 def set_data_root(cfg: Config, root: str) -> None:
@@ -182,7 +209,9 @@ def check_data(cfg: Config, loaders: Sequence[str]) -> None:
     """
     for data in datasets(cfg, loaders):
         root = Path(data.get('data_root') or '')
-        places = [data.get('ann_file'), *(data.get('data_prefix') or {}).values()]
+        prefix = data.get('data_prefix') or {}
+        folders = [prefix] if isinstance(prefix, str) else prefix.values()
+        places = [data.get('ann_file'), data.get('split'), *folders]
         for place in places:
             # URLs and paths of other storage are not ours to check.
             if (
@@ -198,16 +227,25 @@ def check_data(cfg: Config, loaders: Sequence[str]) -> None:
                 )
 
 
-def task_of(cfg: Config) -> str:
-    """Return ``'mmdet'`` or ``'mmseg'``, the codebase that a config is written for.
+def task_of(cfg: Config, codebases: Sequence[str] = ('mmdet', 'mmseg')) -> str:
+    """Return the codebase that a config is written for.
+
+    Args:
+        cfg: A config.
+        codebases: Those that the tool serves.
 
     Raises:
-        UserError: Where it is neither.
+        UserError: Where it is another one, or not installed.
     """
     scope = cfg.get('default_scope')
-    if scope not in ('mmdet', 'mmseg'):
+    if scope not in codebases:
+        served = f'{", ".join(codebases[:-1])} and {codebases[-1]}'
         raise UserError(
-            f'The config has default_scope={scope!r}; this tool serves mmdet and mmseg configs.'
+            f'The config has default_scope={scope!r}; this tool serves {served} configs.'
+        )
+    if scope == 'mmpretrain' and find_spec(scope) is None:
+        raise UserError(
+            "Classification needs mmpretrain and torchvision: pip install 'pvt-mm[classification]'."
         )
     return scope
 
@@ -228,23 +266,35 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         default='none',
         help='set by the launch scripts (default: none)',
     )
+    parser.add_argument(
+        '--fast-coco-eval',
+        action='store_true',
+        help="COCO scores by faster-coco-eval: pycocotools' figures in less time",
+    )
     # PyTorch's older launcher passes it; newer ones set the variable.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
 
 
 def check_checkpoint(path: str | None) -> None:
-    """Check that a checkpoint file can be read; URLs are left to the loader.
+    """Check that a checkpoint file holds weights, before any time goes into the data.
+
+    URLs and names of models are left to the loader.
 
     Raises:
-        UserError: Where the file is missing or empty.
+        UserError: Where it does not.
     """
-    if not path or '://' in path:
-        return
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise UserError(f'There is no checkpoint {path}; check the path.')
-    if not file.stat().st_size:
-        raise UserError(f'The checkpoint {path} is empty; copy it again.')
+    if path and '://' not in path:
+        load_from_file(path)
+
+
+def check_pretrained(cfg: Config) -> None:
+    """Check the files that a config's model is initialised from.
+
+    Raises:
+        UserError: Where one holds no weights.
+    """
+    for node in _pretrained(cfg):
+        check_checkpoint(node['init_cfg']['checkpoint'])
 
 
 def enable_auto_scale_lr(cfg: Config) -> None:
@@ -261,11 +311,15 @@ def enable_auto_scale_lr(cfg: Config) -> None:
     cfg.auto_scale_lr.enable = True
 
 
-def add_checkpoint_hook(cfg: Config) -> None:
-    """Add PVTCheckpointHook to a config that lacks it, so that any config's load_from works."""
-    hooks = list(cfg.get('custom_hooks') or [])
-    if not any(hook.get('type') == 'PVTCheckpointHook' for hook in hooks):
-        cfg.custom_hooks = [*hooks, dict(type='PVTCheckpointHook')]
+def add_checkpoint_hook(cfg: Config, whole: bool = False) -> None:
+    """Add PVTCheckpointHook to a config that lacks it, so that any config's load_from works.
+
+    Args:
+        cfg: Config of a run, changed in place.
+        whole: Refuse weights of a backbone alone.
+    """
+    others = [h for h in cfg.get('custom_hooks') or [] if h.get('type') != 'PVTCheckpointHook']
+    cfg.custom_hooks = [*others, dict(type='PVTCheckpointHook', whole=whole)]
 
 
 def add_hook(cfg: Config, kind: str) -> None:
@@ -277,16 +331,28 @@ def add_hook(cfg: Config, kind: str) -> None:
 
 def without_pretrained(cfg: Config) -> None:
     """Remove ``Pretrained`` initialisations from a model that a checkpoint will fill anyway."""
-    for node in _dicts(cfg._cfg_dict['model']):
+    for node in _pretrained(cfg):
+        node['init_cfg'] = None
+
+
+def _pretrained(cfg: Config) -> list[dict]:
+    """Return the parts of a config's model that start from a checkpoint."""
+    found = []
+    for node in nests.dicts(cfg._cfg_dict['model']):
         init_cfg = node.get('init_cfg')
         if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained':
-            node['init_cfg'] = None
+            found.append(node)
+    return found
 
 
 def show_predictions(cfg: Config, folder: str) -> None:
-    """Have mmdet's or mmseg's visualisation hook write pictures to a folder."""
+    """Have the codebase's visualisation hook write pictures to a folder."""
+    task = task_of(cfg, CODEBASES)
+    if task == 'mmpretrain':
+        cfg.default_hooks.visualization.update(enable=True, interval=1, out_dir=folder)
+        return
     cfg.default_hooks.visualization.draw = True
-    if task_of(cfg) == 'mmdet':
+    if task == 'mmdet':
         # mmdet takes the folder below its own dated one; an absolute path replaces that.
         cfg.default_hooks.visualization.test_out_dir = str(Path(folder).resolve())
     else:
@@ -295,31 +361,58 @@ def show_predictions(cfg: Config, folder: str) -> None:
 
 
 def keep_predictions(cfg: Config, out: str) -> None:
-    """Have the test keep its predictions: a pickle for mmdet, a folder of PNGs for mmseg.
+    """Have the test keep its predictions: a folder of PNGs for mmseg, else a pickle.
 
     Raises:
         UserError: Where ``out`` is of the other kind.
     """
-    if task_of(cfg) == 'mmdet':
+    task = task_of(cfg, CODEBASES)
+    if task != 'mmseg':
         if not out.endswith(('.pkl', '.pickle')):
-            raise UserError(f'--out {out}: detection writes one pickle, so end the name in .pkl.')
-        evaluator = cfg.test_evaluator
-        evaluators = list(evaluator) if isinstance(evaluator, (list, tuple)) else [evaluator]
-        cfg.test_evaluator = [*evaluators, dict(type='DumpDetResults', out_file_path=out)]
+            raise UserError(f'--out {out}: this task writes one pickle, so end the name in .pkl.')
+        dump = 'DumpDetResults' if task == 'mmdet' else 'DumpResults'
+        cfg.test_evaluator = [*_evaluators(cfg.test_evaluator), dict(type=dump, out_file_path=out)]
     else:
         if out.endswith(('.pkl', '.pickle')):
             raise UserError(f'--out {out}: segmentation writes a folder of PNGs, so name a folder.')
         cfg.test_evaluator.update(output_dir=out, keep_results=True)
 
 
+def _evaluators(evaluator: Any) -> list[Any]:
+    return list(evaluator) if isinstance(evaluator, (list, tuple)) else [evaluator]
+
+
+def use_fast_coco_eval(cfg: Config) -> None:
+    """Have faster-coco-eval compute the COCO scores of a config, with pycocotools' results.
+
+    Raises:
+        UserError: Where the package is missing, or the config has no COCO scores.
+    """
+    if find_spec('faster_coco_eval') is None:
+        raise UserError("--fast-coco-eval needs a package: pip install 'pvt-mm[fast-eval]'.")
+    metrics = [
+        metric
+        for key in ('val_evaluator', 'test_evaluator')
+        for metric in _evaluators(cfg.get(key))
+        if metric and metric['type'] == 'CocoMetric'
+    ]
+    if not metrics:
+        raise UserError('--fast-coco-eval: the config has no CocoMetric to make faster.')
+    for metric in metrics:
+        metric['type'] = 'FastCocoMetric'
+    import_module('pvt_mm.fast_coco')  # it imports mmdet
+
+
 def enable_tta(cfg: Config, task: str) -> None:
     """Wrap the model for test-time augmentation.
 
     Raises:
-        UserError: For instance segmentation, which mmdet cannot merge.
+        UserError: For instance segmentation, which mmdet cannot merge, and classification.
     """
+    if task == 'mmpretrain':
+        raise UserError('--tta serves detection and segmentation; test this config without it.')
     if task == 'mmdet':
-        if any('mask_head' in node for node in _dicts(cfg._cfg_dict['model'])):
+        if any('mask_head' in node for node in nests.dicts(cfg._cfg_dict['model'])):
             raise UserError(
                 '--tta: mmdet merges boxes but not instance masks; test this config without --tta.'
             )
@@ -335,15 +428,6 @@ def enable_tta(cfg: Config, task: str) -> None:
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
 
 
-def _dicts(node: Any) -> Iterator[dict]:
-    if isinstance(node, dict):
-        yield node
-        node = list(node.values())
-    if isinstance(node, (list, tuple)):
-        for child in node:
-            yield from _dicts(child)
-
-
 def _flip_pipeline(data: ConfigDict) -> list[dict]:
     """Replace a test pipeline's packing by packing the image plain and flipped."""
     *transforms, pack = data.pipeline
@@ -354,10 +438,10 @@ def _flip_pipeline(data: ConfigDict) -> list[dict]:
 
 
 def unique_names(paths: Sequence[str]) -> list[str]:
-    """Return a file stem for each path, numbered where it is taken."""
+    """Return a name for each path, without folder and ending, numbered where it is taken."""
     names: list[str] = []
     for path in paths:
-        stem = name = Path(path).stem
+        stem = name = Path(path).stem.lstrip('.') or 'image'
         number = 1
         while name in names:
             number += 1

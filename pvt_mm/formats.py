@@ -90,7 +90,12 @@ PVT_MM = Format(
         },
         'stages.{stage}.blocks.{block}',
         _BLOCK_NAMES,
-        {},
+        {
+            'cls_token': 'stages.3.cls_token',
+            'cls_position': 'stages.3.cls_position',
+            'final_norm': 'stages.3.final_norm.{leaf}',
+            'head': 'head.{leaf}',
+        },
     ),
     grid_position=True,
 )
@@ -214,7 +219,7 @@ FORMATS = (PVT_MM, _OFFICIAL, _TIMM, _HUGGINGFACE_V1, _HUGGINGFACE_V2, _MMDET_V1
 #: Linear layers that some formats store as 1x1 convolutions.
 MLP_LINEARS = ('blocks.mlp.fc1', 'blocks.mlp.fc2')
 
-#: What only classification has: dropped on the way into a backbone.
+#: What only classification has: dropped on the way into a backbone that has no place for it.
 CLASSIFICATION_PARTS = ('cls_token', 'cls_position', 'final_norm', 'head')
 
 

@@ -16,6 +16,7 @@ from mmengine.runner.checkpoint import _load_checkpoint_to_model
 
 from .checkpoint import unwrap
 from .cli import datasets, task_of, without_pretrained
+from .hooks import require_fit
 from .runtime import UserError, setup
 
 
@@ -29,16 +30,19 @@ class Predictor:
 
     Raises:
         UserError: Where the checkpoint cannot be read, or the config is of neither codebase.
+        CheckpointMismatchError: Where the weights are not of this model.
     """
 
     def __init__(self, cfg: Config, checkpoint: str, device: str | None = None) -> None:
-        setup()
+        setup(cfg)
         self.task = task_of(cfg)
         init_default_scope(self.task)
         without_pretrained(cfg)
         model = MODELS.build(cfg.model)
         weights = unwrap(CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu'))
+        check = require_fit(model, weights, whole=True)
         _load_checkpoint_to_model(model, {'state_dict': weights}, logger='current')
+        check.remove()
         device = device or ('cuda:0' if torch.cuda.is_available() else 'cpu')
         self.model = model.to(device).eval()
         data = next(datasets(cfg, ['test_dataloader']))

@@ -10,8 +10,8 @@ Each has a plain twin in :mod:`pvt_mm.ops` with the same result.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,7 @@ MAX_POWER = 64.0
 LOG2_E = math.log2(math.e)
 
 Layer = tuple[Tensor, Tensor]
+Norm = Callable[[Tensor], Tensor]
 
 # oneDNN's operations with an activation behind them. Inductor's own, not public: hence the other
 # road beside each use.
@@ -44,9 +45,7 @@ PLAIN: tuple = ('none', [], '')
 GELU: tuple = ('gelu', [], 'none')  # the exact form, no approximation
 
 
-def product(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False
-) -> Tensor:
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
     """Multiply by a weight as :func:`torch.nn.functional.linear` does, without autograd.
 
     Args:
@@ -86,7 +85,7 @@ def weight_grad(grad: Tensor, x: Tensor) -> Tensor:
         grad: (N, out); x: (N, in) -> (out, in).
     """
     if grad.shape[1] * x.shape[1] > 1024 * len(x):  # few tokens for a large weight
-        return product(grad.t().contiguous(), x.t().contiguous())
+        return torch.mm(grad.t(), x)
     weight = x.new_empty(grad.shape[1], x.shape[1], 1, 1)
     grads = torch.ops.aten.convolution_backward(
         _image(grad), _image(x), weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1,
@@ -141,31 +140,81 @@ def mlp(
     Shape:
         x: (B, H, W, C) -> (B, H, W, C) of ``dtype``.
     """
-    fc1, fc2 = _cast(fc1, dtype), _cast(fc2, dtype)
-    out = x.new_empty(x.shape, dtype=dtype)
-    if dwconv is None:
-        tokens, results = x.flatten(0, 2), out.view(-1, x.shape[-1])
-        for rows in _pieces(len(tokens), PIECE // len(fc1[0])):
-            results[rows] = product(product(tokens[rows].to(dtype), *fc1, gelu=True), *fc2)
-        return out
-    dwconv = _cast(dwconv, dtype)
-    for image, result in zip(x, out):
-        _mlp_of_image(image, fc1, fc2, dwconv, relu, result)
+    out = torch.empty(x.shape, dtype=dtype)
+    results = out if dwconv else out.view(1, -1, 1, x.shape[-1])
+    for place, part in _mlp_parts(x, None, fc1, fc2, dwconv, relu, dtype):
+        results[place] = part
     return out
 
 
-def _mlp_of_image(
-    image: Tensor, fc1: Layer, fc2: Layer, dwconv: Layer, relu: bool, out: Tensor
-) -> None:
-    """Fill ``out`` band by band; a band takes one row more on each side for the convolution."""
+def add_mlp(
+    x: Tensor,
+    norm: Norm,
+    fc1: Layer,
+    fc2: Layer,
+    dwconv: Layer | None,
+    relu: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Add ``mlp(norm(x))`` to ``x`` in its place, without autograd.
+
+    Shape:
+        x: (B, H, W, C), contiguous -> (B, H, W, C).
+    """
+    image = x if dwconv else x.view(1, -1, 1, x.shape[-1])
+    waiting: Any = None
+    for place, part in _mlp_parts(x, norm, fc1, fc2, dwconv, relu, dtype):
+        # A band needs the last row of the band before as it was.
+        if waiting is not None:
+            image[waiting[0]] += waiting[1]
+        waiting = place, part
+    if waiting is not None:  # no image, no part
+        image[waiting[0]] += waiting[1]
+    return x
+
+
+def _mlp_parts(
+    x: Tensor,
+    norm: Norm | None,
+    fc1: Layer,
+    fc2: Layer,
+    dwconv: Layer | None,
+    relu: bool,
+    dtype: torch.dtype,
+) -> Iterator[tuple[tuple[int, slice], Tensor]]:
+    """Yield an image's index, some rows of it and the result for them.
+
+    Without a convolution tokens do not meet, and all of them count as one image of width 1.
+    """
+    fc1, fc2 = _cast(fc1, dtype), _cast(fc2, dtype)
+    if dwconv is None:
+        tokens = x.reshape(-1, 1, x.shape[-1])
+        for rows in _pieces(len(tokens), PIECE // len(fc1[0])):
+            part = _normed(tokens[rows], norm, dtype)
+            yield (0, rows), product(product(part, *fc1, gelu=True), *fc2)
+        return
+    dwconv = _cast(dwconv, dtype)
+    for i, image in enumerate(x):
+        for rows, part in _mlp_bands(image, norm, fc1, fc2, dwconv, relu):
+            yield (i, rows), part
+
+
+def _normed(x: Tensor, norm: Norm | None, dtype: torch.dtype) -> Tensor:
+    return (x if norm is None else norm(x)).to(dtype)
+
+
+def _mlp_bands(
+    image: Tensor, norm: Norm | None, fc1: Layer, fc2: Layer, dwconv: Layer, relu: bool
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield result bands; each takes one row more on each side for the convolution."""
     height, width, _ = image.shape
-    hidden = len(fc1[0])
+    hidden, dtype = len(fc1[0]), fc1[0].dtype
     block = hidden if height * width * hidden <= PIECE else min(hidden, BLOCK)
     blocks = list(_pieces(hidden, block))
     last = [fc2[0][:, channels].contiguous() for channels in blocks]
-    for rows in _pieces(height, PIECE // (block * width)):
+    for rows in _pieces(height, PIECE // 2 // (block * width)):  # two buffers at a time
         top = max(rows.start - 1, 0)
-        band = image[top : rows.stop + 1].to(out.dtype)
+        band = _normed(image[top : rows.stop + 1], norm, dtype)
         total: Any = None
         for channels, weight in zip(blocks, last):
             x = product(band, fc1[0][channels], fc1[1][channels])  # (h, W, block)
@@ -175,7 +224,7 @@ def _mlp_of_image(
             x = x[rows.start - top : rows.stop - top]
             part = product(x, weight, fc2[1] if total is None else None)
             total = part if total is None else total.add_(part)
-        out[rows] = total
+        yield rows, total
 
 
 def _depthwise(x: Tensor, dwconv: Layer) -> Tensor:
@@ -219,28 +268,28 @@ class MlpFunction(torch.autograd.Function):
         ctx.relu, ctx.dtype = relu, dtype
         ctx.save_for_backward(x, weight1, bias1, weight2, bias2, dw_weight, dw_bias)
         dwconv: Any = None if dw_weight is None else (dw_weight, dw_bias)
-        return mlp(x, (weight1, bias1), (weight2, bias2), dwconv, relu, dtype)
+        fc1, fc2 = (weight1, bias1), (weight2, bias2)
+        return mlp(x, fc1, fc2, dwconv, relu, dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Make each part of the hidden layer again and send the gradient through it."""
-        x, weight1, bias1, weight2, bias2, dw_weight, dw_bias = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: under with_cp a second look is an error
+        x, weight1, bias1, weight2, bias2, dw_weight, dw_bias = saved
         shape = x.shape
         x, grad = x.to(ctx.dtype), grad.to(ctx.dtype).contiguous()
         if dw_weight is None:  # tokens do not meet, so that any of them make a part
             x, grad = (t.reshape(1, 1, -1, shape[-1]) for t in (x, grad))
         grad_x = torch.empty_like(x)
-        grads: list[Any] = [
-            None if t is None else torch.empty_like(t) for t in ctx.saved_tensors[1:]
-        ]
+        grads: list[Any] = [None if t is None else torch.empty_like(t) for t in saved[1:]]
         grad1, grad_bias1, grad2, grad_bias2, grad_dw, grad_dw_bias = grads
         grad_bias2.copy_(grad.flatten(0, 2).sum(0))
         depthwise, hidden = dw_weight is not None, len(weight1)
         whole = slice(None)
         column_parts = _pieces(x.shape[2], BACKWARD_PIECE // hidden)
         for channels in _channel_parts(x, hidden) if depthwise else [whole]:
-            layers = _block_layers(ctx.saved_tensors, channels, x.dtype)
+            layers = _block_layers(saved, channels, x.dtype)
             weight1_t, weight2_t = layers[0].t().contiguous(), layers[2].t().contiguous()
             sums: Any = None
             for columns in [whole] if depthwise else column_parts:
@@ -306,31 +355,100 @@ def _depthwise_grads(grad: Tensor, x: Tensor, dwconv: Layer) -> tuple[Tensor, Te
 # Attention
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int, out: Tensor) -> Tensor:
-    """Run :func:`pvt_mm.ops.attention` without autograd, some queries of one head at a time.
-
-    Args:
-        query: Projected queries.
-        key: Projected keys.
-        value: Projected values.
-        num_heads: Heads that C is split into.
-        out: Takes the result; may be ``query`` itself, which saves its memory.
+def reduced(x: Tensor, norm: Norm, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
+    """Normalise tokens and shrink their grid by a convolution whose patches touch, band by band.
 
     Shape:
-        query, out: (B, N, C); key and value: (B, M, C) -> (B, N, C).
+        x: (B, H, W, C) -> (B, H // stride, W // stride, C); weight: (C, C, stride, stride).
     """
-    for q, k, v, o in _heads(num_heads, query, key, value, out):
-        k = k * (k.shape[1] ** -0.5 * LOG2_E)  # (M, d); scores then are powers of two
-        v = v.t().contiguous()  # (d, M)
-        bound = _longest(q) * _longest(k)  # of every score, by Cauchy and Schwarz
-        for rows in _pieces(len(q), PIECE // len(k)):
-            scores = product(q[rows].contiguous(), k)  # (n, M)
-            if bound < MAX_POWER:  # not so for NaN
-                weights = scores.exp2_()
-                total = weights.sum(-1, keepdim=True, dtype=_wide(q))
-                o[rows] = product(weights, v).div_(total)
-            else:
-                o[rows] = product(scores.mul_(1 / LOG2_E).softmax(-1), v)
+    height = x.shape[1] // stride * stride
+    band = max(PIECE // x[:, :stride].numel(), 1) * stride
+    parts = []
+    for rows in _pieces(height, band):
+        image = norm(x[:, rows]).permute(0, 3, 1, 2)  # (B, C, h, W), channels-last
+        parts.append(F.conv2d(image, weight, bias, stride))
+    return torch.cat(parts, 2).permute(0, 2, 3, 1)
+
+
+def projected_attention(
+    x: Tensor,
+    norm: Norm | None,
+    query: Layer,
+    key: Tensor,
+    value: Tensor,
+    proj: Layer,
+    num_heads: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Run :func:`pvt_mm.ops.projected_attention` without autograd, some tokens at a time.
+
+    Args:
+        x: Tokens that the queries come from.
+        norm: What comes before the queries' projection, token by token.
+        query: Weight and bias of the queries' projection.
+        key: Projected keys, of ``dtype``.
+        value: Projected values, of ``dtype``.
+        proj: Weight and bias of the projection behind the attention.
+        num_heads: Heads that C is split into.
+        dtype: What products run in.
+
+    Shape:
+        x: (B, N, C); key and value: (B, M, C) -> (B, N, C), of the dtype of ``x``.
+    """
+    query, proj = _cast(query, dtype), _cast(proj, dtype)
+    out = torch.empty_like(x)
+    for tokens, k, v, result in zip(x, key, value, out):
+        heads = _prepared(k, v, num_heads)
+        for rows in _pieces(len(tokens), PIECE // len(k)):
+            queries = product(_normed(tokens[rows], norm, dtype), *query)  # (n, C)
+            _attend(queries, heads, out=queries)
+            result[rows] = product(queries, *proj)
+    return out
+
+
+class Head(NamedTuple):
+    """Keys and values of a head, ready for any number of queries."""
+
+    keys: Tensor  # (M, d), scaled so that scores are powers of two
+    values: Tensor  # (d, M)
+    longest: float  # of the keys
+
+
+def _prepared(key: Tensor, value: Tensor, num_heads: int) -> list[Head]:
+    """Split keys and values of an image, (M, C), by heads."""
+    scale = (key.shape[1] // num_heads) ** -0.5 * LOG2_E
+    key = key * scale
+    keys, values = (t.unflatten(1, (num_heads, -1)).unbind(1) for t in (key, value))
+    return [
+        Head(k.contiguous(), v.t().contiguous(), longest)
+        for k, v, longest in zip(keys, values, _longest(key, num_heads))
+    ]
+
+
+def _attend(queries: Tensor, heads: list[Head], out: Tensor) -> None:
+    """Attend from some queries (n, C) into ``out``, a head at a time; both may be one tensor."""
+    split, outs = (t.unflatten(1, (len(heads), -1)).unbind(1) for t in (queries, out))
+    for q, o, head, longest in zip(split, outs, heads, _longest(queries, len(heads))):
+        scores = product(q.contiguous(), head.keys)  # (n, M)
+        if longest * head.longest < MAX_POWER:  # bounds each score; not so for NaN
+            weights = scores.exp2_()
+            total = weights.sum(-1, keepdim=True, dtype=_wide(q))
+            torch.div(product(weights, head.values), total, out=o)
+        else:
+            o.copy_(product(scores.mul_(1 / LOG2_E).softmax(-1), head.values))
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
+    """Run :func:`pvt_mm.ops.attention` without autograd, some queries of one head at a time.
+
+    Shape:
+        query: (B, N, C); key and value: (B, M, C) -> (B, N, C).
+    """
+    out = torch.empty_like(query)
+    for queries, k, v, o in zip(query, key, value, out):
+        heads = _prepared(k, v, num_heads)
+        for rows in _pieces(len(queries), PIECE // len(k)):
+            _attend(queries[rows], heads, o[rows])
     return out
 
 
@@ -339,8 +457,11 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _longest(vectors: Tensor) -> float:
-    return float(torch.linalg.vector_norm(vectors, dim=-1, dtype=_wide(vectors)).amax())
+def _longest(vectors: Tensor, num_heads: int) -> list[float]:
+    """Length of each head's longest vector among (n, C)."""
+    split = vectors.unflatten(1, (num_heads, -1))
+    lengths = torch.linalg.vector_norm(split, dim=-1, dtype=_wide(vectors))  # (n, heads)
+    return lengths.amax(0).tolist()
 
 
 def _heads(num_heads: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -359,7 +480,7 @@ class AttentionFunction(torch.autograd.Function):
         """Attend, and keep only the inputs."""
         ctx.num_heads = num_heads
         ctx.save_for_backward(query, key, value)
-        return attention(query, key, value, num_heads, torch.empty_like(query))
+        return attention(query, key, value, num_heads)
 
     @staticmethod
     @once_differentiable

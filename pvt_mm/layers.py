@@ -64,9 +64,14 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate = rate
 
+    @property
+    def drops(self) -> bool:
+        """Whether a branch may be dropped at all: in training, at a rate above 0."""
+        return self.training and self.rate > 0.0
+
     def forward(self, x: Tensor) -> Tensor:
         """Zero the branch of the samples drawn."""
-        if not self.training or self.rate == 0.0:
+        if not self.drops:
             return x
         keep = 1.0 - self.rate
         mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)
@@ -112,7 +117,8 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Embed the patches."""
         x = ops.convolution(x, self.proj.weight, self.proj.bias, self.stride, self.padding)
-        return self.norm(x)  # (B, H', W', dim)
+        # The residual stream that begins here stays in fp32 under autocast.
+        return self.norm(x.to(self.norm.weight.dtype))  # (B, H', W', dim)
 
 
 class SpatialReductionAttention(nn.Module):
@@ -173,8 +179,12 @@ class SpatialReductionAttention(nn.Module):
         """Smallest side of the token grid that leaves at least one key."""
         return 1 if self.sr_mode == 'linear' else self.sr_ratio
 
-    def reduce(self, x: Tensor) -> Tensor:
+    def reduce(self, x: Tensor, norm: ops.Norm | None = None) -> Tensor:
         """Shrink the grid that keys and values come from.
+
+        Args:
+            x: Tokens.
+            norm: What comes before a strided convolution, if tokens are not normalised yet.
 
         Shape:
             x: (B, H, W, dim) -> (B, H//sr_ratio, W//sr_ratio, dim) or (B, 7, 7, dim).
@@ -188,7 +198,7 @@ class SpatialReductionAttention(nn.Module):
             x = ops.linear(x, self.sr.weight, self.sr.bias)
         else:
             stride = self.sr_ratio if self.sr_mode == 'conv' else 1
-            x = ops.convolution(x, self.sr.weight, self.sr.bias, stride)
+            x = ops.convolution(x, self.sr.weight, self.sr.bias, stride, norm=norm)
         x = self.norm(x)
         return F.gelu(x) if self.sr_mode == 'linear' else x
 
@@ -198,15 +208,25 @@ class SpatialReductionAttention(nn.Module):
         pool = F.avg_pool2d if self.sr_mode == 'avg' else F.max_pool2d
         return pool(image, self.sr_ratio)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Attend from every token to the coarser grid."""
+    def forward(self, x: Tensor, norm: ops.Norm) -> Tensor:
+        """Normalise, and attend from every token to the coarser grid."""
         _, height, width, _ = x.shape
-        query = ops.linear(x, self.q.weight, self.q.bias).flatten(1, 2)  # (B, H*W, dim)
-        keys_values = ops.linear(self.reduce(x), self.kv.weight, self.kv.bias).flatten(1, 2)
+        later: ops.Norm | None = norm  # norms piece by piece, where x is used
+        if not (self.reduces and self.sr_mode == 'conv' and ops.normalises_in_pieces(x)):
+            x, later = norm(x), None
+        reduced = self.reduce(x, later)
+        keys_values = ops.linear(reduced, self.kv.weight, self.kv.bias).flatten(1, 2)
         key, value = keys_values.chunk(2, dim=-1)  # (B, M, dim) each
-        drop_rate = self.attn_drop_rate if self.training else 0.0
-        out = ops.attention(query, key, value, self.num_heads, drop_rate)  # (B, H*W, dim)
-        out = ops.linear(out, self.proj.weight, self.proj.bias)
+        out = ops.projected_attention(
+            x.flatten(1, 2),
+            (self.q.weight, self.q.bias),
+            key,
+            value,
+            (self.proj.weight, self.proj.bias),
+            self.num_heads,
+            self.attn_drop_rate if self.training else 0.0,
+            later,
+        )  # (B, H*W, dim)
         out = F.dropout(out, self.drop_rate, self.training)
         return out.unflatten(1, (height, width))
 
@@ -242,16 +262,18 @@ class Mlp(nn.Module):
         self.dwconv = FanOutConv2d(hidden, hidden, 3, 1, 1, groups=hidden) if dwconv else None
         self.fc2 = nn.Linear(hidden, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Run the perceptron on every token."""
+    def forward(self, x: Tensor, norm: ops.Norm, drop_path: DropPath) -> Tensor:
+        """Add the perceptron's result for every normalised token to ``x``, perhaps in place."""
         dwconv = None if self.dwconv is None else (self.dwconv.weight, self.dwconv.bias)
-        return ops.mlp(
+        return ops.add_mlp(
             x,
+            norm,
             (self.fc1.weight, self.fc1.bias),
             (self.fc2.weight, self.fc2.bias),
             dwconv,
             self.relu,
             self.drop_rate if self.training else 0.0,
+            drop_path if drop_path.drops else None,
         )
 
 
@@ -284,5 +306,5 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Run both branches."""
-        x = ops.add_to(self.drop_path(self.attn(self.norm1(x))), x)
-        return ops.add_to(self.drop_path(self.mlp(self.norm2(x))), x)
+        x = ops.add_to(self.drop_path(self.attn(x, self.norm1)), x)
+        return self.mlp(x, self.norm2, self.drop_path)

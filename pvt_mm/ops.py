@@ -9,13 +9,16 @@ them need no transpose.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import kernels
 
-Layer = tuple[Tensor, Tensor]
+Layer = kernels.Layer
+Norm = kernels.Norm
 
 #: Queries x keys from which attention in pieces beats PyTorch's fused one.
 PIECED_SCORES = 2**17
@@ -83,6 +86,39 @@ def mlp(
     return kernels.MlpFunction.apply(x, *fc1, *fc2, *(dwconv or (None, None)), relu, dtype)
 
 
+def add_mlp(
+    x: Tensor,
+    norm: Norm,
+    fc1: Layer,
+    fc2: Layer,
+    dwconv: Layer | None = None,
+    relu: bool = False,
+    drop_rate: float = 0.0,
+    drop_path: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Return ``x + drop_path(mlp(norm(x)))``, in the place of ``x`` where autograd is off.
+
+    Args:
+        x: Tokens, not to be used again.
+        norm: What comes before the perceptron, token by token.
+        fc1: As for :func:`mlp`, and so are the other layers and ``drop_rate``.
+        fc2: See :func:`mlp`.
+        dwconv: See :func:`mlp`.
+        relu: See :func:`mlp`.
+        drop_rate: See :func:`mlp`.
+        drop_path: What drops the branch for some images; None in evaluation.
+
+    Shape:
+        x: (B, H, W, C) -> (B, H, W, C).
+    """
+    layers = (*fc1, *fc2, *(dwconv or ()))
+    in_place = not (drop_rate or drop_path or needs_grad(x, *layers)) and x.is_contiguous()
+    if in_place and on_cpu_kernels(x):
+        return kernels.add_mlp(x, norm, fc1, fc2, dwconv, relu, compute_dtype(x))
+    branch = mlp(norm(x), fc1, fc2, dwconv, relu, drop_rate)
+    return add_to(drop_path(branch) if drop_path else branch, x)
+
+
 def plain_mlp(
     x: Tensor,
     fc1: Layer,
@@ -112,7 +148,6 @@ def attention(
 ) -> Tensor:
     """Attend with several heads, without writing the query x key matrix where that can be had.
 
-    Without autograd the result may take the place of the queries, which are not to be used again.
     Paper: `PVT <https://arxiv.org/abs/2102.12122>`_, Sec. 3.3, eq. 4.
 
     Args:
@@ -125,12 +160,48 @@ def attention(
     Shape:
         query: (B, N, C); key and value: (B, M, C) -> (B, N, C).
     """
-    scores = query.shape[1] * key.shape[1]
-    if drop_rate or not on_cpu_kernels(query) or scores < PIECED_SCORES:
+    if drop_rate or not _in_pieces(query, key):
         return plain_attention(query, key, value, num_heads, drop_rate)
     if not needs_grad(query, key, value):
-        return kernels.attention(query, key, value, num_heads, out=query)
+        return kernels.attention(query, key, value, num_heads)
     return kernels.AttentionFunction.apply(query, key, value, num_heads)
+
+
+def projected_attention(
+    x: Tensor,
+    query: Layer,
+    key: Tensor,
+    value: Tensor,
+    proj: Layer,
+    num_heads: int,
+    drop_rate: float = 0.0,
+    norm: Norm | None = None,
+) -> Tensor:
+    """Project queries, attend as :func:`attention` does, and project the result.
+
+    Args:
+        x: Tokens that the queries come from.
+        query: Weight and bias of the queries' projection.
+        key: Projected keys.
+        value: Projected values.
+        proj: Weight and bias of the projection behind the attention.
+        num_heads: Heads that C is split into.
+        drop_rate: Dropout rate of the attention weights; pass 0 in evaluation.
+        norm: What comes before the queries' projection, token by token.
+
+    Shape:
+        x: (B, N, C); key and value: (B, M, C) -> (B, N, C).
+    """
+    if not (drop_rate or needs_grad(x, key, *query, *proj)) and _in_pieces(x, key):
+        dtype = compute_dtype(x)
+        return kernels.projected_attention(x, norm, query, key, value, proj, num_heads, dtype)
+    x = x if norm is None else norm(x)
+    out = attention(linear(x, *query), key, value, num_heads, drop_rate)
+    return linear(out, *proj)
+
+
+def _in_pieces(query: Tensor, key: Tensor) -> bool:
+    return on_cpu_kernels(query) and query.shape[1] * key.shape[1] >= PIECED_SCORES
 
 
 def plain_attention(
@@ -143,9 +214,22 @@ def plain_attention(
 
 
 def convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int = 0
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: int = 0,
+    norm: Norm | None = None,
 ) -> Tensor:
     """Convolve tokens with a strided kernel.
+
+    Args:
+        x: Tokens.
+        weight: The kernels.
+        bias: Added to the result.
+        stride: Tokens from one patch to the next.
+        padding: Zeros on each side.
+        norm: What comes before, token by token; only for patches that touch, without padding.
 
     Shape:
         x: (B, H, W, in) -> (B, H', W', out); weight: (out, in, k, k); bias: (out,).
@@ -153,8 +237,19 @@ def convolution(
     if on_cpu_kernels(x):
         # oneDNN's own reordering of a plain weight takes longer than the convolution at 224 x 224.
         weight = weight.contiguous(memory_format=torch.channels_last)
+        if norm is not None:
+            return kernels.reduced(x, norm, weight, bias, stride)
+    x = x if norm is None else norm(x)
     image = x.permute(0, 3, 1, 2)  # (B, in, H, W), channels-last
     return F.conv2d(image, weight, bias, stride, padding).permute(0, 2, 3, 1)
+
+
+def normalises_in_pieces(x: Tensor) -> bool:
+    """Whether tokens are so many that normalising them twice, a piece at a time, costs less.
+
+    A normalised copy of them all would leave the cache before it is read.
+    """
+    return x.numel() > kernels.PIECE and not torch.is_grad_enabled() and on_cpu_kernels(x)
 
 
 def add_to(branch: Tensor, x: Tensor) -> Tensor:

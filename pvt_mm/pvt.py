@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from mmengine.registry import MODELS
+from torch import Tensor
 
 from .archs import PVT_ARCHS, resolve_arch
+from .classification import ClassTokenStage
 from .layers import Block, Mlp, PatchEmbed, SpatialReductionAttention
 from .pyramid import PyramidBackbone, Stage, StageSpec, check_out_indices, stage_specs
 
@@ -38,12 +40,17 @@ class PVT(PyramidBackbone):
         allow_partial: Take weights that fit in part, by whatever road; the rest keeps its values.
         adapt_in_channels: Take weights for another number of image channels: ``'sum'`` spreads the
             summed weights over the channels, ``'repeat'`` repeats them; None refuses.
+        compute_dtype: ``'bfloat16'`` runs this backbone's products in bf16, in training too, and
+            returns fp32 for a neck and heads that stay in fp32.
+        with_cls_token: For classification: the last stage has a class token, and returns its final
+            state, normalised, in place of a map. Needs ``out_indices`` to hold 3.
         init_cfg: mmengine's initialisation, such as
             ``dict(type='Pretrained', checkpoint=PATH_OR_URL)``.
 
     Shape:
         x: (B, in_channels, H, W) -> tuple of (B, C_i, H_i, W_i), contiguous; H_i and W_i halve from
-        stage to stage, rounded down, from H // 4 on. H and W are at least ``min_size`` (32).
+        stage to stage, rounded down, from H // 4 on. H and W are at least ``min_size`` (32). With a
+        class token the last is (B, C_3).
 
     Example:
         >>> features = PVT('tiny')(torch.zeros(1, 3, 64, 96))
@@ -67,12 +74,16 @@ class PVT(PyramidBackbone):
         sr_mode: str = 'conv',
         allow_partial: bool = False,
         adapt_in_channels: str | None = None,
+        compute_dtype: str | None = None,
+        with_cls_token: bool = False,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
         settings = resolve_arch(arch, self.ARCHS)
         if sr_mode not in SR_MODES:
             raise ValueError(f'There is no sr_mode {sr_mode!r}; choose one of {SR_MODES}.')
         out_indices = check_out_indices(out_indices)
+        if with_cls_token:
+            _check_cls_token(settings, out_indices)
 
         def block(spec: StageSpec, drop_path: float) -> Block:
             attn = SpatialReductionAttention(
@@ -84,7 +95,7 @@ class PVT(PyramidBackbone):
         sides = (
             (pretrain_img_size,) * 2 if isinstance(pretrain_img_size, int) else pretrain_img_size
         )
-        stages = []
+        stages: list[Stage] = []
         for spec in stage_specs(settings, in_channels, drop_path_rate, max(out_indices) + 1):
             patch_embed = PatchEmbed(spec.in_channels, spec.dim, spec.stride)
             sides = (patch_embed.grid_side(sides[0]), patch_embed.grid_side(sides[1]))
@@ -94,7 +105,8 @@ class PVT(PyramidBackbone):
                     'give at least 32 pixels a side.'
                 )
             blocks = [block(spec, rate) for rate in spec.drop_path_rates]
-            stages.append(Stage(patch_embed, blocks, sides, drop_rate, with_cp=with_cp))
+            kind = ClassTokenStage if with_cls_token and len(stages) == 3 else Stage
+            stages.append(kind(patch_embed, blocks, sides, drop_rate, with_cp=with_cp))
         super().__init__(
             stages,
             in_channels,
@@ -102,5 +114,22 @@ class PVT(PyramidBackbone):
             frozen_stages,
             allow_partial,
             adapt_in_channels,
+            compute_dtype,
             init_cfg,
+        )
+        self.with_cls_token = with_cls_token
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Compute the feature pyramid, and the class token's state where there is one."""
+        outs = super().forward(x)
+        return (*outs[:-1], outs[-1].flatten(1)) if self.with_cls_token else outs
+
+
+def _check_cls_token(arch: Mapping[str, Any], out_indices: tuple[int, ...]) -> None:
+    if out_indices[-1] != 3:
+        raise ValueError(f'with_cls_token needs the last stage, but out_indices={out_indices}.')
+    if arch['sr_ratios'][3] != 1:
+        raise ValueError(
+            f'with_cls_token needs a last sr_ratio of 1, not {arch["sr_ratios"][3]}: a class token '
+            'has no place in a grid that shrinks.'
         )

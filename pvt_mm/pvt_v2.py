@@ -37,6 +37,8 @@ class PVTv2(PyramidBackbone):
         allow_partial: Take weights that fit in part, by whatever road; the rest keeps its values.
         adapt_in_channels: Take weights for another number of image channels: ``'sum'`` spreads the
             summed weights over the channels, ``'repeat'`` repeats them; None refuses.
+        compute_dtype: ``'bfloat16'`` runs this backbone's products in bf16, in training too, and
+            returns fp32 for a neck and heads that stay in fp32.
         init_cfg: mmengine's initialisation, such as
             ``dict(type='Pretrained', checkpoint=PATH_OR_URL)``.
 
@@ -67,6 +69,7 @@ class PVTv2(PyramidBackbone):
         sr_mode: str = 'conv',
         allow_partial: bool = False,
         adapt_in_channels: str | None = None,
+        compute_dtype: str | None = None,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
         settings = resolve_arch(arch, self.ARCHS)
@@ -105,5 +108,6 @@ class PVTv2(PyramidBackbone):
             frozen_stages,
             allow_partial,
             adapt_in_channels,
+            compute_dtype,
             init_cfg,
         )

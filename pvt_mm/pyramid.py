@@ -18,6 +18,9 @@ from .archs import STRIDES
 from .checkpoint import CHANNEL_MODES, load_into_backbone
 from .layers import Block, PatchEmbed, init_parameters
 
+#: What the backbone alone may compute in. Not fp16: without loss scaling its gradients vanish.
+COMPUTE_DTYPES = ('bfloat16',)
+
 
 class StageSpec(NamedTuple):
     """What differs from stage to stage."""
@@ -117,6 +120,8 @@ class PyramidBackbone(BaseModule):
             0 and -1 freeze none.
         allow_partial: Take weights that fit in part; the rest keeps its own values.
         adapt_in_channels: Take weights for other image channels, ``'sum'`` or ``'repeat'``.
+        compute_dtype: ``'bfloat16'``: run products in it while weights, residuals and features
+            stay in fp32; None keeps the weights' dtype, or autocast's where that is on.
         init_cfg: mmengine's initialisation, such as
             ``dict(type='Pretrained', checkpoint=PATH_OR_URL)``.
 
@@ -136,9 +141,15 @@ class PyramidBackbone(BaseModule):
         frozen_stages: int = -1,
         allow_partial: bool = False,
         adapt_in_channels: str | None = None,
+        compute_dtype: str | None = None,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
         super().__init__(init_cfg)
+        if compute_dtype not in (None, *COMPUTE_DTYPES):
+            raise ValueError(
+                f'There is no compute_dtype={compute_dtype!r}; choose one of {COMPUTE_DTYPES}, or '
+                'None to compute as the weights are.'
+            )
         if adapt_in_channels not in (None, *CHANNEL_MODES):
             raise ValueError(
                 f'There is no adapt_in_channels={adapt_in_channels!r}; choose one of '
@@ -155,6 +166,7 @@ class PyramidBackbone(BaseModule):
         self.frozen_stages = frozen_stages
         self.allow_partial = allow_partial
         self.adapt_in_channels = adapt_in_channels
+        self.compute_dtype = compute_dtype
         self.out_channels = tuple(stages[i].dim for i in self.out_indices)
         self.min_size = next(side for side in itertools.count(1) if self._fits(side))
         self._draw_parameters()
@@ -190,6 +202,30 @@ class PyramidBackbone(BaseModule):
             stage.eval()
         return self
 
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """Return the layer of a parameter, and how many layers there are, for layer-wise decay.
+
+        Layer 0 holds the first embeddings, then each block is one, and the last is what comes after
+        the stages. A later stage's embeddings and class token, and any stage's norm, count with the
+        block before them. The signature is mmpretrain's.
+
+        Args:
+            param_name: Name of the parameter in the whole model.
+            prefix: The backbone's place in the model, such as ``'backbone.'``.
+        """
+        depths = [len(stage.blocks) for stage in self.stages]
+        last = sum(depths) + 1
+        start = f'{prefix}stages.'
+        number, part, *rest = f'{param_name.removeprefix(start)}.'.split('.')
+        if not param_name.startswith(start) or part == 'final_norm':
+            return last, last + 1
+        depth = sum(depths[: int(number)])
+        if part == 'blocks':
+            depth += int(rest[0]) + 1
+        elif part == 'norm':
+            depth += depths[int(number)]
+        return depth, last + 1
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
@@ -214,6 +250,13 @@ class PyramidBackbone(BaseModule):
             ValueError: Where the rank or the channels are wrong, or a side is below ``min_size``.
         """
         self._check_image(x)
+        if self.compute_dtype is None:
+            return self._pyramid(x)
+        with torch.autocast(x.device.type, getattr(torch, self.compute_dtype)):
+            features = self._pyramid(x)
+        return tuple(feature.float() for feature in features)
+
+    def _pyramid(self, x: Tensor) -> tuple[Tensor, ...]:
         outs = []
         x = x.permute(0, 2, 3, 1)  # (B, H, W, C), and so from stage to stage
         for i, stage in enumerate(self.stages):

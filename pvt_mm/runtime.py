@@ -1,4 +1,4 @@
-"""What mmengine lacks on today's PyTorch: safe checkpoints, CPU launches, bf16 on a CPU.
+"""What mmengine lacks on today's PyTorch: safe files, CPU launches, bf16 on a CPU.
 
 One line in a script of one's own does what the bundled tools do::
 
@@ -7,187 +7,124 @@ One line in a script of one's own does what the bundled tools do::
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import pickle
 import socket
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from mmengine.config import Config
-from mmengine.logging import HistoryBuffer, print_log
-from mmengine.optim import OptimWrapper
-from mmengine.registry import OPTIM_WRAPPERS
-from mmengine.runner.checkpoint import CheckpointLoader
-from torch import nn
+from mmengine.logging import print_log
 
+from .nests import dicts
+from .reading import UserError, read_checkpoint
+from .sources import register_safe_reading
 
-class UserError(Exception):
-    """Bad input: one sentence that says what is wrong and the way out."""
+__all__ = [
+    'UserError',
+    'leave_together',
+    'read_checkpoint',
+    'setup',
+]
 
 
 def setup(cfg: Config | None = None) -> None:
-    """Make mmengine read checkpoints safely and run without CUDA.
+    """Make mmengine read files safely and run without CUDA.
 
-    Without ``cfg`` it makes checkpoint loading safe, nothing else. With it, a config about to be
-    run is adapted in place where there is no CUDA: ``SyncBN`` becomes ``BN``, mixed precision runs
-    in bf16, and a distributed launch talks over gloo.
+    Without ``cfg`` it makes the reading of checkpoints, pickles and YAML safe, nothing else. With
+    it, a config about to be run is looked through for data that would be read unsafely all the
+    same, and adapted in place where there is no CUDA: ``SyncBN`` becomes ``BN``, mixed precision
+    runs in bf16, and a distributed launch talks over gloo.
 
     Args:
         cfg: The config that a Runner will be built from.
 
     Raises:
-        UserError: Where the launcher cannot start without CUDA.
+        UserError: Where data may run code, or the launcher cannot start without CUDA.
     """
-    _register_safe_loading()
+    register_safe_reading()
+    if cfg is not None:
+        _refuse_unsafe_data(cfg._cfg_dict)
     if cfg is not None and not torch.cuda.is_available():
         _adapt_to_cpu(cfg)
 
 
-# Checkpoints
+# Data
 
 
-def _statistics(owner: Any, name: str) -> Any:
-    """Answer the attributes that mmengine's log buffers name in a checkpoint, and no others.
+def _refuse_unsafe_data(node: Any) -> None:
+    """Refuse what mmseg and mmdet read by a pickle of their own, past mmengine's readers.
 
-    The real ``getattr`` would let a file walk from any object to any function.
+    Checked in the config, since the reading is done in other processes.
     """
-    if owner is HistoryBuffer and name in ('min', 'max', 'mean', 'current'):
-        return getattr(HistoryBuffer, name)
-    raise pickle.UnpicklingError(f'a checkpoint may not read {owner!r}.{name}')
-
-
-def safe_globals() -> list[Any]:
-    """Return what a training checkpoint of mmengine names beyond tensors, for torch's allow-list.
-
-    NumPy 1 and 2 keep the same functions in different modules, and files written under one are read
-    under the other, so both names are registered.
-    """
-    functions: list[Any] = [np.empty(0).__reduce__()[0], np.float64(0).__reduce__()[0]]
-    dtypes = {type(np.dtype(kind)) for kind in ('f4', 'f8', 'i4', 'i8', 'u1', 'b1')}
-    both = [
-        (function, f'numpy.{core}.multiarray.{function.__name__}')
-        for function in functions
-        for core in ('core', '_core')
-    ]
-    return [(_statistics, 'builtins.getattr'), HistoryBuffer, np.ndarray, np.dtype, *dtypes, *both]
-
-
-def read_checkpoint(path: str | Path, map_location: Any = 'cpu') -> dict[str, Any]:
-    """Read a checkpoint file without running any code that it may hold.
-
-    Args:
-        path: A ``.pth`` or ``.safetensors`` file.
-        map_location: As in :func:`torch.load`.
-
-    Raises:
-        UserError: Where the file is missing, damaged, no checkpoint, or wants to run code.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f'There is no checkpoint {file}; check the path.')
-    if file.stat().st_size == 0:
-        raise UserError(f'The checkpoint {file} is empty; download or copy it again.')
-    if file.suffix == '.safetensors':
-        return _read_safetensors(file, map_location)
-    try:
-        checkpoint = torch.load(file, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(f'The checkpoint {file} was refused: {_reason(error)}.') from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0].rstrip('.') if str(error) else type(error).__name__
-        raise UserError(
-            f'The checkpoint {file} is damaged or no checkpoint ({reason}); get it again.'
-        ) from error
-    if not isinstance(checkpoint, dict):
-        raise UserError(
-            f'The checkpoint {file} holds a {type(checkpoint).__name__}, not a dict of tensors.'
-        )
-    return checkpoint
-
-
-def _read_safetensors(file: Path, map_location: Any) -> dict[str, Any]:
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise UserError(f'Reading {file} needs a package: pip install safetensors.') from error
-    device = map_location if isinstance(map_location, (str, torch.device)) else 'cpu'
-    try:
-        return load_file(file, device=str(device))
-    except (SafetensorError, OSError) as error:
-        reason = str(error).splitlines()[0].rstrip('.')
-        raise UserError(
-            f'The checkpoint {file} is damaged or no checkpoint ({reason}); get it again.'
-        ) from error
-
-
-def _reason(error: pickle.UnpicklingError) -> str:
-    """Pick from PyTorch's long advice the line that names what the file wanted."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    words = ('GLOBAL', 'Unsupported', 'may not read')
-    telling = [line for line in lines if any(word in line for word in words)]
-    return (telling or lines or ['it is no PyTorch file'])[0].split('. ')[0].rstrip('.')
-
-
-def _load_url(url: str, map_location: Any = None, progress: bool = True) -> dict[str, Any]:
-    """Fetch a URL into torch.hub's cache, checked by the hash in its name if any, and read it."""
-    name = url.rsplit('/', 1)[-1]
-    file = Path(torch.hub.get_dir()) / 'checkpoints' / name
-    if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        digest = torch.hub.HASH_REGEX.search(name)
-        try:
-            torch.hub.download_url_to_file(
-                url, str(file), digest.group(1) if digest else None, progress=progress
-            )
-        except (OSError, RuntimeError) as error:
+    if isinstance(node, dict):
+        if node.get('decode_backend') == 'pickle':
             raise UserError(
-                f'Could not fetch {url} ({error}); fetch it elsewhere and put it at {file}.'
-            ) from error
-    return read_checkpoint(file, map_location)
+                f"{node.get('type')} with decode_backend='pickle' would run code that an image "
+                "file may hold; save the arrays with numpy.save and set decode_backend='numpy'."
+            )
+        if 'OpenImagesChallenge' in str(node.get('type')) and node.get('hierarchy_file'):
+            _refuse_pickled_array(node.get('data_root') or '', node['hierarchy_file'])
+        node = list(node.values())
+    if isinstance(node, (list, tuple)):
+        for child in node:
+            _refuse_unsafe_data(child)
 
 
-def _load_file(filename: str, map_location: Any = None) -> dict[str, Any]:
-    return read_checkpoint(os.path.expanduser(filename), map_location)
-
-
-def _register_safe_loading() -> None:
-    add_safe_globals = getattr(torch.serialization, 'add_safe_globals', None)
-    if add_safe_globals is not None:  # PyTorch >= 2.4
-        add_safe_globals(safe_globals())
-    CheckpointLoader.register_scheme(prefixes='', loader=_load_file, force=True)
-    CheckpointLoader.register_scheme(('http://', 'https://'), loader=_load_url, force=True)
+def _refuse_pickled_array(root: str, name: str) -> None:
+    file = Path(root, name)
+    try:
+        if '://' in root + name:
+            raise ValueError('it is not on this machine')
+        np.load(file, allow_pickle=False)
+    except FileNotFoundError:
+        return  # reported as missing data
+    except (ValueError, EOFError, OSError) as error:
+        raise UserError(
+            f'{file} may run code when it is read ({error}); have a local file, written by '
+            'numpy.save from an array of numbers.'
+        ) from error
 
 
 # CPU
 
 
 def _adapt_to_cpu(cfg: Config) -> None:
-    _replace_types(cfg._cfg_dict, {'SyncBN': 'BN', 'mmseg.SyncBN': 'BN'})
+    for node in dicts(cfg._cfg_dict):
+        if node.get('type') in ('SyncBN', 'mmseg.SyncBN'):
+            node['type'] = 'BN'
     wrapper = cfg.get('optim_wrapper')
     if wrapper and wrapper.get('type') == 'AmpOptimWrapper':
-        print_log('No CUDA: mixed precision runs in bf16 on the CPU.', logger='current')
-        wrapper['type'] = 'CPUAmpOptimWrapper'
-        for key in ('loss_scale', 'dtype', 'use_fsdp'):  # bf16 needs no loss scaling
-            wrapper.pop(key, None)
+        _compute_in_bf16(cfg)
     if cfg.get('launcher', 'none') != 'none':
         _launch_gloo(cfg)
 
 
-def _replace_types(node: Any, types: dict[str, str]) -> None:
-    if isinstance(node, dict):
-        if node.get('type') in types:
-            node['type'] = types[node['type']]
-        node = list(node.values())
-    if isinstance(node, (list, tuple)):
-        for child in node:
-            _replace_types(child, types)
+def _compute_in_bf16(cfg: Config) -> None:
+    """Turn mixed precision, which mmengine has for GPUs only, into bf16 in every PVT.
+
+    Necks and heads stay in fp32: mmcv's RoIAlign and NMS have no bf16 on a CPU. bf16 has the range
+    of fp32, so no loss is scaled.
+    """
+    backbones = [
+        node
+        for node in dicts(cfg._cfg_dict.get('model'))
+        if str(node.get('type')).rpartition('.')[2] in ('PVT', 'PVTv2')
+    ]
+    if not backbones:
+        raise UserError(
+            'Mixed precision without CUDA runs in the PVT alone, and this config has none; '
+            'train without --amp, or with optim_wrapper.type=OptimWrapper.'
+        )
+    print_log('No CUDA: mixed precision runs in bf16, in the backbone alone.', logger='current')
+    for backbone in backbones:
+        backbone['compute_dtype'] = 'bfloat16'
+    cfg.optim_wrapper['type'] = 'OptimWrapper'
+    for key in ('loss_scale', 'dtype', 'use_fsdp'):
+        cfg.optim_wrapper.pop(key, None)
 
 
 def _launch_gloo(cfg: Config) -> None:
@@ -208,6 +145,7 @@ def _launch_gloo(cfg: Config) -> None:
         broadcast_buffers=False,
         find_unused_parameters=cfg.get('find_unused_parameters', False),
     )
+    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='SharedStatisticsHook')]
 
 
 def _loopback() -> str:
@@ -230,54 +168,3 @@ def leave_together() -> None:
         sys.stderr.flush()
         os._exit(0)
     torch.distributed.destroy_process_group()
-
-
-@OPTIM_WRAPPERS.register_module()
-class CPUAmpOptimWrapper(OptimWrapper):
-    """Train in bf16 on a CPU: backbone and neck under autocast, heads and losses in fp32.
-
-    mmcv's RoIAlign and NMS have no bf16 on a CPU, so features are cast back before the heads. bf16
-    has the range of fp32: no loss scaling is needed.
-    """
-
-    @contextlib.contextmanager
-    def optim_context(self, model: nn.Module) -> Iterator[None]:
-        """Run the forward pass of a training step with features in bf16."""
-        with super().optim_context(model), bf16_features(model):
-            yield
-
-
-@contextlib.contextmanager
-def bf16_features(model: nn.Module) -> Iterator[None]:
-    """Run every backbone and neck in ``model`` under bf16 autocast; they return fp32.
-
-    Args:
-        model: A detector or segmentor, wrapped or not.
-    """
-    parts = [
-        module
-        for name, module in model.named_modules()
-        if name.rpartition('.')[2] in ('backbone', 'neck')
-    ]
-    forwards = [part.forward for part in parts]
-    try:
-        for part, forward in zip(parts, forwards):
-            part.forward = _autocast_forward(forward)
-        yield
-    finally:
-        for part in parts:
-            part.__dict__.pop('forward', None)
-
-
-def _autocast_forward(forward: Any) -> Any:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast('cpu', torch.bfloat16):
-            return _to_float(forward(*args, **kwargs))
-
-    return run
-
-
-def _to_float(features: Any) -> Any:
-    if isinstance(features, torch.Tensor):
-        return features.float()
-    return type(features)(_to_float(feature) for feature in features)

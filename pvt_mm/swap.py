@@ -8,25 +8,22 @@ and head says it takes. Only what agrees is mapped; anything else is refused, wi
 from __future__ import annotations
 
 import copy
-import difflib
 import enum
-import importlib.util
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from operator import mul
 from pathlib import Path
+from types import FunctionType
 from typing import Any, NamedTuple
 
 from mmengine.config import Config
 
-from . import cli
+from . import configs, nests
 from .archs import PVT_ARCHS, PVT_V2_ARCHS, resolve_arch
 from .runtime import UserError
 
 ARCHS = {'PVT': PVT_ARCHS, 'PVTv2': PVT_V2_ARCHS}
-#: Where the bundled configs lie: their backbones name the published weights.
-BUNDLED = Path(__file__).parent / '.mim' / 'configs' / 'pvt'
 STRIDES = (4, 8, 16, 32)
 ALL_STAGES = (0, 1, 2, 3)
 
@@ -50,6 +47,7 @@ class Refusal(str, enum.Enum):
     DETECTORS = 'DetectoRS: the neck feeds the backbone'
     SHARED_HEAD = 'C4: the head is a stage of the ResNet'
     STRIDE = 'dilated backbone: strides would change'
+    ONE_SIZE = 'dilated backbone: two heads need levels of one size'
     UNKNOWN_NECK = 'unknown neck'
     UNKNOWN_HEAD = 'unknown head on the backbone'
     CHANNELS = 'channels disagree'
@@ -143,7 +141,8 @@ def _per_head(default_heads: Sequence[int]) -> Callable:
 
 
 def _twins(backbone: Mapping[str, Any]) -> tuple[list[int], list[int]]:
-    return _hierarchical(backbone['embed_dims'], backbone)
+    default = (64, 128, 256, 512) if type_name(backbone) == 'PCPVT' else (64, 128, 256)
+    return _hierarchical(backbone.get('embed_dims', default), backbone)
 
 
 def _hrnet(backbone: Mapping[str, Any]) -> tuple[list[int], list[int]]:
@@ -180,37 +179,12 @@ BACKBONES: dict[str, Callable[[Mapping[str, Any]], tuple[list[int], list[int]]]]
 REFUSED_BACKBONES = {
     **dict.fromkeys(('Darknet', 'CSPDarknet', 'CSPNeXt'), Refusal.DARKNET),
     **dict.fromkeys(('DetectoRS_ResNet', 'DetectoRS_ResNeXt'), Refusal.DETECTORS),
-    **dict.fromkeys(
-        (
-            'BiSeNetV1',
-            'BiSeNetV2',
-            'CGNet',
-            'DDRNet',
-            'ERFNet',
-            'FastSCNN',
-            'ICNet',
-            'PIDNet',
-            'STDCContextPathNet',
-            'TridentResNet',
-        ),
-        Refusal.MULTI_BRANCH,
-    ),
-    **dict.fromkeys(
-        (
-            'BEiT',
-            'EfficientNet',
-            'HourglassNet',
-            'MAE',
-            'MobileNetV2',
-            'MobileNetV3',
-            'SSDVGG',
-            'STDCNet',
-            'UNet',
-            'VisionTransformer',
-            'VPD',
-        ),
-        Refusal.LEVELS,
-    ),
+    **dict.fromkeys(('BiSeNetV1', 'BiSeNetV2', 'CGNet', 'DDRNet', 'ERFNet'), Refusal.MULTI_BRANCH),
+    **dict.fromkeys(('FastSCNN', 'ICNet', 'PIDNet', 'STDCContextPathNet'), Refusal.MULTI_BRANCH),
+    **dict.fromkeys(('TridentResNet',), Refusal.MULTI_BRANCH),
+    **dict.fromkeys(('BEiT', 'MAE', 'VisionTransformer', 'VPD', 'UNet'), Refusal.LEVELS),
+    **dict.fromkeys(('EfficientNet', 'MobileNetV2', 'MobileNetV3'), Refusal.LEVELS),
+    **dict.fromkeys(('HourglassNet', 'SSDVGG', 'STDCNet'), Refusal.LEVELS),
 }
 
 _WHY_REFUSED = {
@@ -283,20 +257,25 @@ def make_backbone(backbone: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[in
     if not isinstance(arch, str):
         return settings, tuple(dims)
     file = f'pvt_{arch[0]}.py' if name == 'PVT' else f'pvt_v2_{arch}.py'
-    published = Config.fromfile(BUNDLED / '_base_' / 'backbones' / file).backbone.to_dict()
+    published = Config.fromfile(configs.BUNDLED / '_base_' / 'backbones' / file).backbone.to_dict()
     return {**published, **settings}, tuple(dims)
 
 
 def _place(
     backbone: Mapping[str, Any], old: Mapping[str, Any], levels: Sequence[Level]
 ) -> dict[str, Any]:
-    """Return the new backbone, with the old one's levels and image channels."""
+    """Return the new backbone, with the old one's levels, image channels and checkpointing."""
     new = copy.deepcopy(dict(backbone))
     stages = tuple(level.stage for level in levels)
     if stages != ALL_STAGES:
         new['out_indices'] = stages
+    if old.get('with_cp'):
+        new.setdefault('with_cp', True)
     if old.get('in_channels', 3) != 3:
         new.setdefault('in_channels', old['in_channels'])
+    if new.get('in_channels', 3) != 3 and new.get('init_cfg'):
+        # One channel takes the sum of the weights for red, green and blue; more take them in turn.
+        new.setdefault('adapt_in_channels', 'sum' if new['in_channels'] == 1 else 'repeat')
     return new
 
 
@@ -444,9 +423,14 @@ def _map_head(head: dict, old: Levels, new: Levels) -> None:
         )
 
 
+def _indices(head: Mapping[str, Any]) -> Sequence[int]:
+    index = head.get('in_index', -1)
+    return index if isinstance(index, (list, tuple)) else [index]
+
+
 def _map_indexed_head(head: dict, old: Levels, new: Levels) -> None:
     index = head.get('in_index', -1)
-    indices = index if isinstance(index, (list, tuple)) else [index]
+    indices = _indices(head)
     if not all(-len(old) <= i < len(old) for i in indices):
         raise SwapRefusedError(
             Refusal.CHANNELS,
@@ -497,6 +481,22 @@ def _map_roi_head(head: dict, old: Level, new: Level) -> None:
             _replace_int(part, 'in_channels', old, new)
 
 
+def _check_one_size(host: Mapping[str, Any], new: Levels) -> None:
+    """Refuse an OCRHead on another level than the head whose output it multiplies with it."""
+    heads = host.get('decode_head')
+    if host.get('neck') or not isinstance(heads, list):
+        return
+    read = [new[_indices(head)[0]].stride for head in heads]
+    if len(set(read)) > 1 and any(type_name(head) == 'OCRHead' for head in heads):
+        raise SwapRefusedError(
+            Refusal.ONE_SIZE,
+            'The OCRHead needs its level as large as the output of the head before it, but the '
+            f'levels of a PVT that they read lie at strides {", ".join(map(str, read))}; take a '
+            'config whose heads read all levels, such as '
+            'mmseg::ocrnet/ocrnet_hr18_4xb2-40k_cityscapes-512x1024.py.',
+        )
+
+
 #: Parts of a model that are no heads.
 _NOT_HEADS = ('backbone', 'neck', 'data_preprocessor', 'train_cfg', 'test_cfg', 'init_cfg')
 
@@ -513,18 +513,9 @@ def _heads(host: Mapping[str, Any]) -> Iterator[dict]:
 # A whole model
 
 
-def _dicts(node: Any) -> Iterator[dict]:
-    if isinstance(node, dict):
-        yield node
-        node = list(node.values())
-    if isinstance(node, (list, tuple)):
-        for child in node:
-            yield from _dicts(child)
-
-
 def _hosts(model: Any) -> Iterator[dict]:
     """Yield the parts of a model that have a backbone: the model, or detectors it wraps."""
-    for node in _dicts(model):
+    for node in nests.dicts(model):
         if isinstance(node.get('backbone'), dict) and 'type' in node['backbone']:
             yield node
 
@@ -542,15 +533,6 @@ def _swap_host(
             'The RoI head runs the last stage of the ResNet (shared_head), which a PVT has not; '
             'take the config with an FPN.',
         )
-    strides = [level.stride for level in levels], [level.stride for level in new]
-    if strides[0] != strides[1] and not allow_stride_change:
-        raise SwapRefusedError(
-            Refusal.STRIDE,
-            f'The levels of this {type_name(host["backbone"])} lie at strides '
-            f'{", ".join(map(str, strides[0]))}, those of a PVT at '
-            f'{", ".join(map(str, strides[1]))}: the features get coarser. Allow it with '
-            'allow_stride_change=True (--allow-stride-change).',
-        )
     host['backbone'] = _place(backbone, host['backbone'], levels)
     seen = levels, new
     if host.get('neck'):
@@ -559,6 +541,16 @@ def _swap_host(
     if seen[0]:
         for head in _heads(host):
             _map_head(head, *seen)
+    _check_one_size(host, new)
+    strides = [level.stride for level in levels], [level.stride for level in new]
+    if strides[0] != strides[1] and not allow_stride_change:
+        raise SwapRefusedError(
+            Refusal.STRIDE,
+            f'The levels of this {type_name(before["backbone"])} lie at strides '
+            f'{", ".join(map(str, strides[0]))}, those of a PVT at '
+            f'{", ".join(map(str, strides[1]))}: the features get coarser. Allow it with '
+            'allow_stride_change=True (--allow-stride-change).',
+        )
     return [
         *_describe_backbone(before['backbone'], host['backbone']),
         *([f'strides {strides[0]} became {strides[1]}'] if strides[0] != strides[1] else []),
@@ -573,7 +565,16 @@ def _describe_backbone(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[s
     dropped = ', '.join(sorted(set(old) - set(new) - kept))
     arch = new['arch'] if isinstance(new['arch'], str) else 'of its own arch'
     text = f'backbone: {type_name(old)}{size} became {new["type"]} {arch}'
-    return [f'{text}, without {dropped}' if dropped else text]
+    changes = [f'{text}, without {dropped}' if dropped else text]
+    rates = old.get('drop_path_rate'), new.get('drop_path_rate')
+    if rates[0] is not None and rates[0] != rates[1]:
+        changes.append(f'its drop_path_rate: {rates[0]} became {rates[1]}')
+    if 'adapt_in_channels' in new and 'adapt_in_channels' not in old:
+        changes.append(
+            f'its weights for RGB are adapted to {new["in_channels"]} image channels '
+            f'({new["adapt_in_channels"]})'
+        )
+    return changes
 
 
 def _drop_weights(host: dict) -> list[str]:
@@ -616,7 +617,7 @@ def _differences(before: Any, after: Any, path: str = '') -> list[str]:
 def _set_normalisation(model: dict) -> list[str]:
     """Normalise images as PVT's weights expect, and pad them to whole patches."""
     changes = []
-    for node in _dicts(model):
+    for node in nests.dicts(model):
         preprocessor = node.get('data_preprocessor')
         if isinstance(preprocessor, dict):
             before = copy.deepcopy(preprocessor)
@@ -650,7 +651,10 @@ def _set_optimizer(cfg: dict) -> list[str]:
         return []
     has_roi_head = any(host.get('roi_head') for host in _hosts(cfg['model']))
     rate = ROI_LEARNING_RATE if has_roi_head else LEARNING_RATE
-    cfg['optim_wrapper']['optimizer'] = dict(type='AdamW', lr=rate, weight_decay=WEIGHT_DECAY)
+    new = dict(type='AdamW', lr=rate, weight_decay=WEIGHT_DECAY)
+    cfg['optim_wrapper']['optimizer'] = new
+    if cfg.get('optimizer') == optimizer:  # the variable that it was made from
+        cfg['optimizer'] = dict(new)
     old_rate = optimizer.get('lr', rate)
     changes = [
         f'optimizer: {type_name(optimizer)}, learning rate {old_rate:g}, became AdamW, '
@@ -722,7 +726,7 @@ def swap(
 ) -> Swapped:
     """Do as :func:`swap_backbone`, and say what was changed."""
     if not isinstance(cfg, Config):
-        cfg = load(cfg)
+        cfg = configs.load(cfg, import_custom_modules=False)
     settings, dims = make_backbone(backbone)
     plain = _plain(cfg.to_dict())
     model = plain.get('model')
@@ -730,7 +734,7 @@ def swap(
         raise SwapRefusedError(
             Refusal.NO_MODEL, 'The config defines no model; give one that can be trained.'
         )
-    parts = [(copy.deepcopy(node), node) for node in _dicts(model)]
+    parts = [(copy.deepcopy(node), node) for node in nests.dicts(model)]
     hosts = list(_hosts(model))
     if not hosts:
         raise SwapRefusedError(
@@ -763,63 +767,17 @@ def _update_variables(cfg: dict, parts: Sequence[tuple[dict, dict]]) -> None:
 
 
 def _plain(node: Any) -> Any:
-    """Return builtin containers; a class, as lazy configs have it, becomes its dotted name."""
+    """Return builtin containers; a class or function, as type, becomes its dotted name."""
     if isinstance(node, dict):
         return {key: _plain(value) for key, value in node.items()}
     if isinstance(node, (list, tuple)):
         return type(node)(_plain(item) for item in node)
-    if isinstance(node, type):
+    if isinstance(node, (type, FunctionType)):
         return f'{node.__module__}.{node.__qualname__}'
     return node
 
 
 # Files
-
-
-def load(name: str | Path) -> Config:
-    """Load a config by its path or its ``PACKAGE::DIR/FILE.py`` name.
-
-    Raises:
-        UserError: Where there is none, naming the nearest, or it does not load.
-    """
-    file = find_config(str(name))
-    try:
-        return Config.fromfile(file, import_custom_modules=False)
-    except (SyntaxError, KeyError, TypeError, ImportError, OSError) as error:
-        reason = str(error).splitlines()[0].rstrip('.')
-        raise UserError(f'The config {name} does not load: {reason}.') from error
-
-
-def find_config(name: str) -> Path:
-    """Return the file of a config named by its path or as ``PACKAGE::DIR/FILE.py``."""
-    package, is_named, path = name.rpartition('::')
-    if not is_named:
-        if not Path(name).is_file():
-            raise UserError(f'There is no config {name}; {cli._nearest(Path(name))}')
-        return Path(name)
-    folder = configs_of(package)
-    file = folder / path
-    if not file.is_file():
-        names = {p.name: p for p in folder.rglob('*.py') if '_base_' not in p.parts}
-        near = difflib.get_close_matches(f'{Path(path).stem}.py', names, n=3)
-        found = [f'{package}::{names[n].relative_to(folder).as_posix()}' for n in near]
-        hint = f'did you mean {" or ".join(found)}?' if found else f'see {folder}.'
-        raise UserError(f'There is no config {name}; {hint}')
-    return file
-
-
-def configs_of(package: str) -> Path:
-    """Return the folder of the configs that an installed package carries.
-
-    Raises:
-        UserError: Where it is not installed, or carries none.
-    """
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    for place in (spec.submodule_search_locations if spec else None) or ():
-        folder = Path(place) / '.mim' / 'configs'
-        if folder.is_dir():
-            return folder
-    raise UserError(f'No installed package {package} carries configs; choose mmdet or mmseg.')
 
 
 def write(swapped: Swapped, file: str | Path, source: str) -> None:

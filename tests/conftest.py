@@ -1,15 +1,20 @@
 """Fixtures: the generated data set, and the tools run inside this process."""
 
 import functools
+import http.server
 import importlib.util
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 from mmengine.utils import ManagerMixin
 from reference import REPO, SMALL
+
+from pvt_mm import runtime
 
 #: What makes a demo config small enough for a test, besides its backbone.
 SHORT = """
@@ -114,6 +119,7 @@ def failing(run_tool, capsys):
         captured = capsys.readouterr()
         assert 'Traceback' not in captured.err
         (line,) = [line for line in captured.err.splitlines() if line.startswith('error: ')]
+        assert captured.err.rstrip().endswith(line), 'one line, and the last'
         return line
 
     return run
@@ -143,3 +149,40 @@ def trained(tmp_path_factory, demo_data):
         return Trained(config, data, work_dir, work_dir / name)
 
     return run
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    """Serve files, but only half of those named cut-*."""
+
+    def log_message(self, *args):
+        pass
+
+    def copyfile(self, source, outputfile):
+        content = source.read()
+        if self.path.startswith('/cut-'):
+            content = content[: len(content) // 2]
+        outputfile.write(content)
+
+
+class Site(NamedTuple):
+    """A folder served on this machine, its address, and torch.hub's folder for what is fetched."""
+
+    folder: Path
+    address: str
+    cache: Path
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """Serve an empty folder, with an empty cache."""
+    folder, cache = tmp_path / 'site', tmp_path / 'hub'
+    folder.mkdir()
+    monkeypatch.setattr(torch.hub, '_hub_dir', str(cache))
+    handler = functools.partial(Quiet, directory=str(folder))
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    runtime.setup()
+    yield Site(folder, f'http://127.0.0.1:{server.server_port}', cache / 'checkpoints')
+    server.shutdown()
+    server.server_close()

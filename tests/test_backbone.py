@@ -303,6 +303,8 @@ def test_exports_with_dynamic_sizes(variant):
         ({'arch': {'dims': (1, 2, 3, 4)}}, 'needs the keys depths, dims'),
         ({'arch': {**SMALL, 'linear': True}}, 'needs the keys'),
         ({'arch': {**SMALL, 'depths': (1, 1)}}, 'must have 4 values'),
+        ({'arch': {**SMALL, 'depths': (1, 0, 1, 1)}}, 'positive whole numbers, got .1, 0, 1, 1.'),
+        ({'arch': {**SMALL, 'sr_ratios': (8, 4, 2.5, 1)}}, 'positive whole numbers'),
         ({'arch': {**SMALL, 'num_heads': (3, 2, 5, 8)}}, 'width of 16 does not split into 3'),
         ({'out_indices': ()}, 'must name stages 0 to 3'),
         ({'out_indices': (1, 4)}, 'must name stages 0 to 3'),
@@ -340,3 +342,31 @@ def test_bad_images_are_refused_in_a_sentence(image, error, message):
     """Rank, channels, dtype and size are checked before anything runs."""
     with pytest.raises(error, match=message):
         small('v1')(image)
+
+
+# Precision
+
+
+@every_variant
+def test_compute_dtype_is_for_the_backbone_alone(variant):
+    """Features and gradients stay fp32 and near fp32's own, and nothing is left switched on."""
+    torch.manual_seed(0)
+    model = small(variant, compute_dtype='bfloat16')
+    exact = small(variant)
+    exact.load_state_dict(model.state_dict())
+    results = []
+    for backbone in (model.eval(), exact.eval()):
+        outs = backbone(IMAGE)
+        assert all(out.dtype == torch.float32 for out in outs)
+        sum(out.sin().sum() for out in outs).backward()
+        results.append([*(out.detach() for out in outs), *(p.grad for p in backbone.parameters())])
+    assert not torch.is_autocast_enabled('cpu')
+    for rough, plain in zip(*results):
+        assert rough.dtype == torch.float32
+        assert 0 < (rough - plain).norm() < 0.1 * plain.norm() + 1e-3
+
+
+def test_compute_dtype_that_does_not_exist():
+    """The error lists those that do."""
+    with pytest.raises(ValueError, match='bfloat16'):
+        small('v1', compute_dtype='float16')

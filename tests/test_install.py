@@ -272,6 +272,14 @@ def test_make_refuses_an_unknown_stack():
     )
 
 
+def test_make_runs_chosen_tests_on_the_other_stack():
+    """Each stack has its own environment, and TESTS says which tests run."""
+    shown = run(['make', '-n', 'test', 'STACK=onedl', 'TESTS=tests/test_tools.py -k det'], cwd=ROOT)
+    assert '.venv-onedl/bin/python -m pytest -q tests/test_tools.py -k det' in shown.stdout
+    shown = run(['make', '-n', 'test'], cwd=ROOT)
+    assert shown.stdout.splitlines()[-1].rstrip() == '.venv/bin/python -m pytest -q'
+
+
 def test_make_help_names_every_target():
     """`make help` lists what the Makefile can do."""
     listed = run(['make', 'help'], cwd=ROOT).stdout

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -108,14 +109,36 @@ def test_two_machines(run):
     ('0', {}, "not '0'"),
     ('2', dict(NNODES='x'), "NNODES must be a positive integer, not 'x'"),
     ('2', dict(NNODES='2'), 'needs MASTER_ADDR'),
+    ('2', dict(PORT='http'), "PORT must be a number below 65536, not 'http'"),
+    ('2', dict(PORT='70000'), "not '70000'"),
 ])
-def test_bad_process_counts(run, gpus, environment, message):
-    """A wrong number of processes or half a set of addresses is refused in one sentence."""
+def test_bad_numbers(run, gpus, environment, message):
+    """A wrong number of processes, a port that is none, half an address: refused in a sentence."""
     code, out, err = run('dist_train.sh', 'a.py', gpus, **environment)
     assert (code, out) == (1, [])
     assert err.startswith('error: ')
     assert message in err
     assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize('environment', [{}, dict(NNODES='2', NODE_RANK='0', MASTER_ADDR='a')])
+def test_a_busy_port_is_named(run, environment):
+    """A port that something else listens at is refused, with the way out."""
+    with socket.create_server(('', 0)) as server:
+        port = str(server.getsockname()[1])
+        code, out, err = run('dist_train.sh', 'a.py', '2', PORT=port, **environment)
+    assert (code, out) == (1, [])
+    assert f'error: port {port} cannot be used (Address already in use)' in err
+    assert 'without PORT, a free one is taken' in err and len(err.splitlines()) == 1
+
+
+def test_the_port_is_the_first_machines_affair(run):
+    """The others do not listen, so what listens there is no matter to them."""
+    with socket.create_server(('', 0)) as server:
+        port = str(server.getsockname()[1])
+        code, out, _ = run('dist_train.sh', 'a.py', '2', PORT=port, NNODES='2', NODE_RANK='1',
+                           MASTER_ADDR='a')
+    assert code == 0 and f'--master_port={port}' in out
 
 
 def test_slurm_train(run):

@@ -18,6 +18,7 @@ METAFILES = [
     for path in INDEX['Import']
 ]
 MODELS = {model['Name']: model for file in METAFILES for model in file['Models']}
+DATA = {'ade20k': 'ADE20K', 'in1k': 'ImageNet-1k'}
 SIZES = {'tiny': 'Tiny', 'small': 'Small', 'medium': 'Medium', 'large': 'Large'}
 
 
@@ -52,7 +53,7 @@ def test_every_model_is_in_a_collection_of_its_file():
         assert collection['Paper'].startswith('https://arxiv.org/abs/')
         for model in file['Models']:
             assert model['In Collection'] == collection['Name']
-            data = 'ADE20K' if 'ade20k' in model['Name'] else 'COCO'
+            data = next((data for part, data in DATA.items() if part in model['Name']), 'COCO')
             assert collection['Metadata']['Training Data'] == data
 
 
@@ -64,7 +65,11 @@ def test_results_are_the_published_ones(name):
     marked = model['Metadata'].get('Results From')
     assert marked == ('whai362/PVT, not reproduced here' if figures(model) else None)
     boxes = [('Object Detection', 'COCO', 'box AP'), ('Instance Segmentation', 'COCO', 'mask AP')]
-    expected = [('Semantic Segmentation', 'ADE20K', 'mIoU')] if 'ade20k' in name else boxes
+    expected = boxes
+    if 'ade20k' in name:
+        expected = [('Semantic Segmentation', 'ADE20K', 'mIoU')]
+    elif 'in1k' in name:
+        expected = [('Image Classification', 'ImageNet-1k', 'Top 1 Accuracy')]
     found = [(r['Task'], r['Dataset'], *r['Metrics']) for r in model.get('Results', [])]
     assert found == expected[: len(found)]
 

@@ -81,6 +81,19 @@ def test_mlp_in_pieces_is_the_plain_one(shape, relu):
 
 
 @few
+@given(perceptrons, st.booleans(), st.booleans())
+def test_mlp_added_in_place_is_the_plain_branch(shape, relu, rows_first):
+    """Bands read the rows that the band before has yet to write; strides change nothing."""
+    x, fc1, fc2, dwconv = mlp_inputs(**shape)
+    relu = relu and dwconv is not None
+    norm = nn.LayerNorm(shape['dim'])
+    tokens = x.clone() if rows_first else x.transpose(1, 2).contiguous().transpose(1, 2)
+    with torch.no_grad():
+        plain = x + ops.plain_mlp(norm(x), fc1, fc2, dwconv, relu)
+        close(ops.add_mlp(tokens, norm, fc1, fc2, dwconv, relu), plain)
+
+
+@few
 @given(perceptrons, st.booleans())
 def test_mlp_gradients_are_the_plain_ones(shape, relu):
     """Activations made again in the backward pass give autograd's own gradients."""
@@ -185,6 +198,55 @@ def test_linear_is_the_plain_one(seed, lead, inner, outer, grad):
         ours = torch.autograd.grad(ours.square().sum(), (x, weight, bias))
         plain = torch.autograd.grad(plain.square().sum(), (x, weight, bias))
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+
+
+@few
+@given(attentions, st.booleans())
+def test_projected_attention_is_linear_attention_linear(shape, normalised):
+    """With projections and norm run piece by piece, as without."""
+    seed, heads = shape['seed'], shape['heads']
+    dim = heads * shape['dim']
+    x = draw(shape['batch'], shape['queries'], dim, seed=seed)
+    key, value = (draw(shape['batch'], shape['keys'], dim, seed=seed + i) for i in (1, 2))
+    query, proj = (
+        (draw(dim, dim, seed=seed + i) / dim**0.5, draw(dim, seed=seed + i + 1)) for i in (3, 5)
+    )
+    norm = nn.LayerNorm(dim) if normalised else None
+    with torch.no_grad():
+        out = nn.functional.linear(norm(x) if norm else x, *query)
+        plain = nn.functional.linear(ops.plain_attention(out, key, value, heads), *proj)
+        close(ops.projected_attention(x, query, key, value, proj, heads, norm=norm), plain)
+
+
+@few
+@given(
+    seed=st.integers(0, 10**6),
+    height=st.integers(2, 24),
+    width=st.integers(2, 24),
+    stride=st.sampled_from([1, 2]),
+)
+def test_reduction_in_bands_is_the_whole_one(seed, height, width, stride):
+    """Rows and columns that fill no patch are left out, band by band as at once."""
+    x = draw(2, height, width, 16, seed=seed)
+    weight, bias = draw(16, 16, stride, stride, seed=seed + 1), draw(16, seed=seed + 2)
+    norm = nn.LayerNorm(16)
+    with torch.no_grad():
+        plain = ops.convolution(norm(x), weight, bias, stride)
+        close(ops.convolution(x, weight, bias, stride, norm=norm), plain)
+
+
+@pytest.mark.parametrize('backbone', [PVT, PVTv2])
+def test_inference_is_training_without_autograd(backbone):
+    """Whole blocks in pieces give the features that the recorded forms give."""
+    torch.manual_seed(0)
+    model = backbone(arch=SMALL).eval()
+    x = draw(2, 3, 96, 128, seed=1)
+    assert ops.normalises_in_pieces(x) is False, 'autograd is on'
+    recorded = model(x)
+    with torch.no_grad():
+        assert ops.normalises_in_pieces(x)
+        for ours, plain in zip(model(x), recorded):
+            close(ours, plain)
 
 
 @pytest.mark.parametrize('backbone', [PVT, PVTv2])

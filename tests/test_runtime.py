@@ -1,6 +1,5 @@
 """What is mended around mmengine: safe reading, bf16 on a CPU, configs without CUDA."""
 
-import pickle
 import subprocess
 import sys
 
@@ -9,8 +8,6 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer, MessageHub
-from reference import small
-from torch import nn
 
 from pvt_mm import cli, runtime
 
@@ -75,47 +72,27 @@ def test_a_config_is_adapted_to_the_cpu():
     """SyncBN becomes BN wherever it stands, and mixed precision the CPU's own."""
     cfg = Config(
         dict(
-            model=dict(head=dict(norm_cfg=dict(type='SyncBN')), parts=[dict(type='SyncBN')]),
+            model=dict(
+                backbone=dict(type='PVT'),
+                head=dict(norm_cfg=dict(type='SyncBN')),
+                parts=[dict(type='SyncBN')],
+            ),
             optim_wrapper=dict(type='AmpOptimWrapper', loss_scale='dynamic', optimizer=dict(lr=1)),
         )
     )
     runtime.setup(cfg)
     assert cfg.model.head.norm_cfg.type == 'BN' and cfg.model.parts[0].type == 'BN'
-    assert cfg.optim_wrapper.type == 'CPUAmpOptimWrapper'
+    assert cfg.model.backbone.compute_dtype == 'bfloat16'
+    assert cfg.optim_wrapper.type == 'OptimWrapper'
     assert 'loss_scale' not in cfg.optim_wrapper and cfg.optim_wrapper.optimizer.lr == 1
 
 
-class Detector(nn.Module):
-    """Backbone, neck and head, the way detectors name them."""
-
-    def __init__(self):
-        super().__init__()
-        self.backbone = small('v2', out_indices=(0,))
-        self.neck = nn.Conv2d(16, 8, 1)
-        self.head = nn.Conv2d(8, 4, 1)
-
-    def forward(self, x):
-        features = self.neck(self.backbone(x)[0])
-        return features, self.head(features)
-
-
-def test_bf16_features_end_at_the_heads_and_with_the_context():
-    """Inside, features are computed in bf16 and returned in fp32; afterwards nothing is left."""
-    model = Detector().eval()
-    image = torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        plain = model(image)[0]
-        with runtime.bf16_features(model):
-            features, out = model(image)
-        after = model(image)[0]
-    assert features.dtype == out.dtype == torch.float32
-    assert torch.equal(features, features.bfloat16().float()), 'they were bf16 before'
-    assert torch.equal(plain, after) and not torch.equal(plain, features)
-    assert (plain - features).abs().max() < 0.05 * plain.std()
-    with pytest.raises(ValueError, match='at least'), runtime.bf16_features(model):
-        model(image[..., :8])
-    assert 'forward' not in vars(model.backbone) and 'forward' not in vars(model.neck)
-    pickle.dumps(model)
+@no_cuda
+def test_mixed_precision_needs_a_pvt():
+    """Without one there is nothing that could run in bf16, and the message says so."""
+    cfg = Config(dict(model=dict(type='ResNet'), optim_wrapper=dict(type='AmpOptimWrapper')))
+    with pytest.raises(runtime.UserError, match='this config has none'):
+        runtime.setup(cfg)
 
 
 # Configs

@@ -6,10 +6,8 @@ and narrow weights can all be compared.
 
 import functools
 import hashlib
-import http.server
 import os
 import re
-import threading
 from unittest import mock
 
 import mmengine.config.utils
@@ -70,6 +68,13 @@ def published(arch, fmt='official'):
         weights |= {f'norm.{leaf}': torch.randn(width) for leaf in ('weight', 'bias')}
         weights['cls_token'] = torch.randn(1, 1, width)
     return convert_checkpoint(weights, to=fmt)
+
+
+#: What a training's checkpoint holds beside weights.
+STATE = {
+    'meta': dict(epoch=0, iter=1),
+    'message_hub': dict(log_scalars={}, runtime_info={}, resumed_keys={}),
+}
 
 
 class Net(BaseModel):
@@ -142,9 +147,7 @@ def by_load_from(arch, fmt, folder):
 
 
 def by_resume(arch, fmt, folder):
-    meta = dict(epoch=0, iter=1)
-    hub = dict(log_scalars={}, runtime_info={}, resumed_keys={})
-    torch.save({'meta': meta, 'message_hub': hub, 'state_dict': whole(arch, fmt)}, folder / 'w.pth')
+    torch.save(STATE | {'state_dict': whole(arch, fmt)}, folder / 'w.pth')
     runner = runner_of(Net(arch), folder)
     runner._train_loop = runner.build_train_loop(runner._train_loop)
     runner.resume(str(folder / 'w.pth'))
@@ -425,7 +428,7 @@ def test_the_hook_fills_every_backbone(tmp_path):
 def test_a_runner_refuses_another_arch(resume, tmp_path):
     """load_from and resume are never strict in mmengine; the refusal holds all the same."""
     runtime.setup()
-    torch.save({'state_dict': whole('b1', 'official'), 'meta': {}}, tmp_path / 'w.pth')
+    torch.save(STATE | {'state_dict': whole('b1', 'official')}, tmp_path / 'w.pth')
     runner = runner_of(Net('b0'), tmp_path, load_from=str(tmp_path / 'w.pth'), resume=resume)
     runner._train_loop = runner.build_train_loop(runner._train_loop)
     with pytest.raises(CheckpointMismatchError, match='do not fit PVTv2'):
@@ -520,31 +523,8 @@ def test_getattr_reaches_only_statistics(attribute, tmp_path):
 # URLs
 
 
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def site(tmp_path, monkeypatch):
-    """A folder served on this machine, its address, and an empty cache: what torch.hub uses."""
-    folder, cache = tmp_path / 'site', tmp_path / 'hub'
-    folder.mkdir()
-    monkeypatch.setattr(torch.hub, '_hub_dir', str(cache))
-    handler = functools.partial(Quiet, directory=str(folder))
-    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    runtime.setup()
-    yield folder, f'http://127.0.0.1:{server.server_port}', cache / 'checkpoints'
-    server.shutdown()
-    server.server_close()
-
-
 def start_from(url):
-    backbone = backbone_class('b0')(
-        narrow('b0'), init_cfg=dict(type='Pretrained', checkpoint=url)
-    )
+    backbone = backbone_class('b0')(narrow('b0'), init_cfg=dict(type='Pretrained', checkpoint=url))
     backbone.init_weights()
     return backbone
 

@@ -4,7 +4,8 @@ The images are those of tools/make_demo_data.py. A recipe keeps its model, losse
 augmentation; data (a few images of five classes), image sizes, batch and schedule shrink, published
 weights are left out, and the score threshold, which an untrained model does not reach, is 0. So a
 score shows that the evaluation runs, and no more. Every config runs in a process of its own. What
-fails is listed at the end, with exit code 1; what is done is not done again.
+fails is listed at the end, with exit code 1; what is done is not done again. Classification is
+skipped, and said to be, where mmpretrain is not installed.
 
 Example:
     python tools/check_configs.py --pattern 'retinanet_*' 'fpn_*'
@@ -22,18 +23,19 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from pvt_mm import cli, runtime
+from pvt_mm import cli, configs, nests, runtime
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / 'configs'
@@ -45,7 +47,13 @@ BATCH = 2
 SIDE = 128
 #: DINO picks 900 queries among an image's tokens, so the image must have as many.
 SIDES = {'DINO': 352}
-SCORES = {'coco/bbox_mAP': 'box AP', 'coco/segm_mAP': 'mask AP', 'mIoU': 'mIoU'}
+FOLDERS = {'mmdet': 'coco', 'mmseg': 'ade', 'mmpretrain': 'classes'}
+SCORES = {
+    'coco/bbox_mAP': 'box AP',
+    'coco/segm_mAP': 'mask AP',
+    'mIoU': 'mIoU',
+    'accuracy/top1': 'top-1',
+}
 LIMIT = 900  # seconds after which a run has failed
 HEADER = ('config', 'parameters, million', 'first loss', 'last loss', 'evaluated', 'seconds')
 
@@ -59,8 +67,12 @@ and schedule are cut, weights are random and the score threshold is 0: the score
 evaluation runs, and no more. Parameters are those with 5 classes, 6 for segmentation.
 
 {count} of {total} recipes, {failed} failed, {minutes:.0f} minutes on a CPU with {cores} cores;
-mixed precision is bf16 there. {stack}.
+mixed precision is bf16 there. {stack}.{skipped}
 """
+SKIPPED = (
+    '{count} classification recipes are skipped: they need mmpretrain and torchvision, which `pip '
+    "install 'pvt-mm[classification]'` brings."
+)
 
 
 @dataclass
@@ -94,7 +106,7 @@ class Row:
 
 def shrink(cfg: Config, data: Path, iterations: int, work_dir: Path) -> None:
     """Cut a recipe down to the embedded data set and a few iterations, in place."""
-    task = cli.task_of(cfg)
+    task = cli.task_of(cfg, cli.CODEBASES)
     cli.without_pretrained(cfg)
     shrink_images(cfg)
     set_classes(cfg, task, data)
@@ -110,10 +122,10 @@ def shrink_images(cfg: Config) -> None:
     """Scale every image size of a recipe alike, so that test images have a short side of SIDE."""
     sizes = [
         step['scale']
-        for step in dicts(cfg.test_dataloader.dataset.pipeline)
-        if step.get('type') == 'Resize'
+        for step in nests.dicts(cfg.test_dataloader.dataset.pipeline)
+        if step.get('type') in ('Resize', 'ResizeEdge')
     ]
-    factor = SIDES.get(cfg.model.type, SIDE) / min(sizes[0])
+    factor = SIDES.get(cfg.model.type, SIDE) / np.min(sizes[0])
 
     def scaled(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
@@ -121,44 +133,26 @@ def shrink_images(cfg: Config) -> None:
         return max(1, round(value * factor))
 
     for loader in cli.LOADERS:
-        for step in dicts(cfg[loader].dataset.pipeline):
+        for step in nests.dicts(cfg[loader].dataset.pipeline):
             for key in {'scale', 'scales', 'crop_size'} & set(step):
                 step[key] = scaled(step[key])
     if cfg.model.data_preprocessor.get('size'):
         cfg.model.data_preprocessor['size'] = scaled(cfg.model.data_preprocessor['size'])
 
 
-def dicts(node: Any) -> Iterator[dict]:
-    """Yield every dict in a nest of dicts and lists, once even where it is shared."""
-    seen: set[int] = set()
-
-    def walk(node: Any) -> Iterator[dict]:
-        if isinstance(node, dict):
-            if id(node) in seen:
-                return
-            seen.add(id(node))
-            yield node
-            node = list(node.values())
-        if isinstance(node, (list, tuple)):
-            for child in node:
-                yield from walk(child)
-
-    return walk(node)
-
-
 def set_classes(cfg: Config, task: str, data: Path) -> None:
     """Point the data sets to the embedded one and every head to its classes."""
     classes, palette = CLASSES, PALETTE
-    if task == 'mmdet':
-        cli.set_data_root(cfg, str(data / 'coco'))
-    else:
+    if task == 'mmseg':
         classes, palette = ('background', *CLASSES), [[200, 200, 200], *PALETTE]
-        cli.set_data_root(cfg, str(data / 'ade'))
+    cli.set_data_root(cfg, str(data / FOLDERS[task]))
     for dataset in cli.datasets(cfg):
         dataset['metainfo'] = dict(classes=classes, palette=palette)
         if task == 'mmseg':  # ADE20KDataset accepts its own 150 classes alone; this is its base
             dataset.update(type='BaseSegDataset', reduce_zero_label=True)
-    for part in dicts(cfg.model):
+        elif task == 'mmpretrain':  # ImageNet's base, for other classes than its 1000
+            dataset.update(type='CustomDataset', data_prefix=dataset.pop('split'))
+    for part in nests.dicts(cfg.model):
         if 'num_classes' in part:
             part['num_classes'] = len(classes)
         if 'score_thr' in part:
@@ -182,7 +176,7 @@ def shorten(cfg: Config, iterations: int) -> None:
         if scheduler.type == 'LinearLR':
             scheduler['end'] = 2  # the warm-up: one iteration
         elif scheduler.type == 'PolyLR':
-            scheduler['end'] = iterations + 1
+            scheduler.update(begin=min(scheduler.get('begin', 0), 1), end=iterations + 1)
 
 
 # One run, in a process of its own
@@ -264,6 +258,8 @@ def check_reload(runner: Runner) -> None:
 def predict(model: Any, batch: Any) -> list[dict[str, torch.Tensor]]:
     """Return the boxes, scores, labels and masks, or the logits, of each image of a batch."""
     samples = model.eval().test_step(batch)
+    if 'pred_score' in samples[0]:
+        return [{'scores': sample.pred_score} for sample in samples]
     key = 'pred_instances' if 'pred_instances' in samples[0] else 'seg_logits'
     return [dict(sample.get(key).items()) for sample in samples]
 
@@ -320,11 +316,52 @@ def find_configs(patterns: list[str]) -> list[Path]:
             path for path in matches if path.suffix == '.py' and not path.name.startswith('demo_')
         }
         if not matches:
+            hint = configs.nearest(
+                pattern.strip('*'), (path.name for path in find_configs(['*.py']))
+            )
             raise runtime.UserError(
-                f'--pattern {pattern}: no config has such a name; quote it and see configs/.'
+                f'--pattern {pattern}: no config has such a name; '
+                f'{hint or "quote it and see configs/."}'
             )
         found |= matches
     return sorted(found)
+
+
+def is_classification(path: Path) -> bool:
+    """Tell by its name whether a recipe needs mmpretrain."""
+    return path.stem.endswith('_in1k')
+
+
+def split_off_classification(paths: list[Path]) -> tuple[list[Path], str]:
+    """Return the configs that can run here, and a sentence about those that cannot, or nothing.
+
+    Raises:
+        UserError: Where none is left.
+    """
+    if find_spec('mmpretrain') is not None:
+        return paths, ''
+    left = [path for path in paths if not is_classification(path)]
+    sentence = SKIPPED.format(count=len(paths) - len(left)) if len(left) < len(paths) else ''
+    if not left:
+        raise runtime.UserError(sentence)
+    return left, sentence
+
+
+def crop_objects(data: Path) -> None:
+    """Cut the objects of the COCO data set out, into one folder a class, for classification."""
+    for split in ('train', 'val'):
+        folders = [data / FOLDERS['mmpretrain'] / split / name for name in CLASSES]
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+        coco = json.loads((data / f'coco/annotations/instances_{split}2017.json').read_text())
+        names = {image['id']: image['file_name'] for image in coco['images']}
+        order = sorted(category['id'] for category in coco['categories'])
+        for object_ in coco['annotations']:
+            image = cv2.imread(str(data / f'coco/{split}2017' / names[object_['image_id']]))
+            left, top, width, height = (round(value) for value in object_['bbox'])
+            folder = folders[order.index(object_['category_id'])]
+            crop = image[top : top + height, left : left + width]
+            cv2.imwrite(str(folder / f'{object_["id"]}.png'), crop)
 
 
 def digest(path: Path, iterations: int) -> str:
@@ -385,7 +422,7 @@ def text_table(rows: list[Row]) -> str:
     )
 
 
-def markdown_page(rows: list[Row], iterations: int) -> str:
+def markdown_page(rows: list[Row], iterations: int, skipped: str = '') -> str:
     """Return the page of docs/: what was run with what, and the table."""
     packages = ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg')
     stack = ', '.join(f'{name} {import_module(name).__version__}' for name in packages)
@@ -394,6 +431,7 @@ def markdown_page(rows: list[Row], iterations: int) -> str:
             PAGE.format(
                 iterations=iterations,
                 stack=stack,
+                skipped=skipped and f'\n\n{skipped}',
                 cores=os.cpu_count(),
                 failed=sum(bool(row.error) for row in rows),
                 count=len(rows),
@@ -436,7 +474,7 @@ def main() -> None:
     args = parse_args()
     if args.iters < 1:
         raise runtime.UserError(f'--iters {args.iters}: train for 1 iteration or more.')
-    paths = find_configs(args.pattern)
+    paths, skipped = split_off_classification(find_configs(args.pattern))
     work_dir = args.work_dir.resolve()
     data = work_dir / 'data'
     make = [sys.executable, str(ROOT / 'tools/make_demo_data.py'), '--out', str(data)]
@@ -445,10 +483,14 @@ def main() -> None:
         check=True,
         stdout=subprocess.DEVNULL,
     )
+    if any(is_classification(path) for path in paths):
+        crop_objects(data)
     rows = check_all(paths, data, args.iters, work_dir, args.force)
     print(f'\n{text_table(rows)}')
+    if skipped:
+        print(f'\n{skipped}')
     if args.markdown:
-        args.markdown.write_text(markdown_page(rows, args.iters))
+        args.markdown.write_text(markdown_page(rows, args.iters, skipped))
     failed = [row for row in rows if row.error]
     print(f'\n{len(rows) - len(failed)} of {len(rows)} trained, evaluated and loaded again')
     for row in failed:

@@ -19,8 +19,16 @@ from typing import Any
 import torch
 
 from pvt_mm import PVT, CheckpointMismatchError, PVTv2, cli, convert_checkpoint, runtime
-from pvt_mm.checkpoint import Arch, load_into_backbone, recognise_arch, to_atoms, unwrap
+from pvt_mm.checkpoint import (
+    Arch,
+    bare_backbone,
+    load_into_backbone,
+    recognise_arch,
+    to_atoms,
+    unwrap,
+)
 from pvt_mm.formats import detect_format, match
+from pvt_mm.reading import check_weights
 
 SUFFIXES = ('.pth', '.safetensors')
 
@@ -63,7 +71,7 @@ def convert(checkpoint: dict[str, Any], args: argparse.Namespace) -> dict[str, A
     """Convert a checkpoint; what comes back owns its memory, as safetensors asks."""
     weights = checkpoint
     if args.backbone_only:
-        weights = convert_checkpoint(backbone_part(unwrap(checkpoint)))  # drops the classifier
+        weights = bare_backbone(backbone_part(unwrap(checkpoint)))
     try:
         tensors = convert_checkpoint(weights, args.to, args.arch)
     except ValueError as error:
@@ -109,7 +117,7 @@ def inspect(checkpoint: dict[str, Any], arch: str | None) -> Iterator[tuple[str,
     """Yield what a checkpoint holds, as pairs of a title and a text."""
     tensors = unwrap(checkpoint)
     source = backbone_part(tensors)
-    plain = convert_checkpoint(source, 'pvt_mm', arch)
+    plain = bare_backbone(source, arch)
     fmt = detect_format(list(source))
     found = recognise_arch(to_atoms(source, fmt))
     parameters = sum(tensor.numel() for tensor in plain.values())
@@ -142,9 +150,9 @@ def loading_report(plain: dict[str, Any], source: dict[str, Any], found: Arch | 
 @cli.main_errors
 def main() -> None:
     args = parse_args()
-    runtime.setup()
     check_args(args)
     checkpoint = runtime.read_checkpoint(args.file)
+    check_weights(checkpoint, args.file)
     if args.inspect:
         for title, text in inspect(checkpoint, args.arch):
             print(f'{title:<11} {text}')

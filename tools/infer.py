@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mmengine.config import DictAction
 
-from pvt_mm import cli, runtime
+from pvt_mm import cli
 from pvt_mm.inference import Predictor
 
 
@@ -40,7 +40,6 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     cfg = cli.load_config(args.config, args.cfg_options)
-    runtime.setup(cfg)
     predictor = Predictor(cfg, args.checkpoint, args.device)
     out_dir = Path(args.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,8 @@
 
 Each config is loaded, swapped, written, and read back. Each distinct model is then built once with
 random weights, and the loss of two small images is carried back to PVT's first convolution. Nothing
-is downloaded. What is done is kept: a run that was stopped goes on where it was.
+is downloaded. What is done is kept: a run that was stopped goes on where it was, and one after a
+change of the swap runs only the models that are new or failed.
 
 Example:
     python tools/swap_census.py --markdown docs/swap_census.md
@@ -11,6 +12,7 @@ Example:
 import argparse
 import contextlib
 import copy
+import fnmatch
 import hashlib
 import json
 import os
@@ -18,8 +20,8 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -32,12 +34,11 @@ from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData, PixelData
 from torch import nn
 
-from pvt_mm import cli, runtime, swap
+from pvt_mm import cli, configs, nests, runtime, swap
 
 CODEBASES = ('mmdet', 'mmseg')
 BACKBONE = dict(type='PVTv2', arch='b0')
 SIDE, LARGE_SIDE = 128, 384
-BATCH = 8  # configs a task
 
 FAMILIES = {
     **dict.fromkeys(('ResNet', 'ResNetV1c', 'ResNetV1d'), 'ResNet'),
@@ -71,10 +72,10 @@ the whole model is built and the gradient is that of the neck's output.
 
 Trackers are run as the detector that they wrap, semi-supervised detectors as their student. The
 text encoder of GLIP and Grounding DINO, which would be downloaded, is stood in for by random
-features, GLIP's text layers by none. What failed was run with its own backbone as well; "as the
-original" means that this fails alike.
+features, GLIP's text layers by none. What failed was run with its own backbone as well; "fails
+anyway" means that it ends in the same error there.
 
-{stack}. {models} distinct models, {minutes:.0f} minutes with {workers} processes.
+{stack}. {models} distinct models, {minutes:.0f} minutes of one core.
 
 ## The goal
 
@@ -87,42 +88,44 @@ had, {coarse} with coarser ones. The goal is 95%; refusals count against it.
 # One config
 
 
-def census_config(codebase: str, name: str) -> dict[str, Any]:
+def census_config(name: str) -> dict[str, Any]:
     """Load, swap, write and read back a config; return its row."""
-    row: dict[str, Any] = dict(codebase=codebase, file=name, family='', stride_changed=False)
-    file = swap.configs_of(codebase) / name
+    start = time.process_time()
+    row = dict(name=name, codebase=name.partition('::')[0], family='unknown', stride_changed=False)
+    row.update(outcome_of(name), seconds=time.process_time() - start)
+    return row
+
+
+def outcome_of(name: str) -> dict[str, Any]:
+    """Return what came of swapping a config."""
     try:
-        cfg = swap.load(file)
+        cfg = configs.load(name, import_custom_modules=False)
     except runtime.UserError as error:
         reason = str(error).rpartition(' does not load: ')[2]
-        folder = str(swap.configs_of(codebase))
-        return dict(row, outcome='does not load', reason=reason.replace(folder, ''))
-    row['family'] = family_of(cfg)
-    swapped = None
-    for allow in (False, True):
+        folder = str(configs.folder_of(name.partition('::')[0]))
+        return dict(outcome='does not load', reason=reason.replace(f'{folder}/', ''))
+    row = dict(outcome='swapped', reason='', family=family_of(cfg))
+    try:
         try:
-            swapped = swap.swap(cfg, BACKBONE, allow_stride_change=allow)
-            row['stride_changed'] = allow
-            break
+            swapped = swap.swap(cfg, BACKBONE)
         except swap.SwapRefusedError as error:
-            refusal = error.reason
-            if refusal is not swap.Refusal.STRIDE:
-                break
-    if swapped is None:
-        return dict(row, outcome='refused', reason=refusal.value)
+            if error.reason is not swap.Refusal.STRIDE:
+                raise
+            swapped = swap.swap(cfg, BACKBONE, allow_stride_change=True)
+            row['stride_changed'] = True
+    except swap.SwapRefusedError as error:
+        return dict(row, outcome='refused', reason=error.reason.value)
     if not reads_back(swapped):
         return dict(row, outcome='failed', reason='reads back to another config')
     model = bare(swapped.cfg.model.to_dict())
     text = json.dumps(identity(model), sort_keys=True, default=repr)
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
-    criterion = FEATURES if is_for_evaluation(model) else LOSS
-    return dict(row, outcome='swapped', reason='', model=key, criterion=criterion)
+    return dict(row, model=key, criterion=FEATURES if is_for_evaluation(model) else LOSS)
 
 
 def family_of(cfg: Config) -> str:
     """Name the family of a config's backbone; of another backbone, its type."""
-    model = cfg.get('model')
-    for node in cli._dicts(model if isinstance(model, dict) else {}):
+    for node in nests.dicts(cfg._cfg_dict.get('model')):
         backbone = node.get('backbone')
         if isinstance(backbone, dict) and 'type' in backbone:
             name = swap.type_name(backbone)
@@ -160,12 +163,38 @@ def identity(node: Any) -> Any:
     return node
 
 
-def census_configs(codebase: str, names: list[str]) -> list[dict[str, Any]]:
-    """Do as :func:`census_config` for several configs, to save messages between processes."""
-    return [census_config(codebase, name) for name in names]
-
-
 # One model
+
+
+def check(row: dict[str, Any]) -> dict[str, Any]:
+    """Check the model of a row, on larger images or without its head where it needs that."""
+    start = time.process_time()
+    criterion, side = row['criterion'], SIDE
+    error = failure(check_model, row, criterion, side)
+    if contains(error, TOO_SMALL):
+        side = LARGE_SIDE
+        error = failure(check_model, row, criterion, side)
+    if contains(error, NO_CPU_KERNEL):
+        criterion = FEATURES
+        error = failure(check_model, row, criterion, side)
+    result = dict(model=row['model'], criterion=criterion, error=error[:160])
+    result['anyway'] = bool(error) and failure(check_original, row, criterion, side) == error
+    return dict(result, seconds=time.process_time() - start)
+
+
+def failure(function: Callable[..., None], *arguments: Any) -> str:
+    """Call a function and return its error in one line; nothing where it went well."""
+    try:
+        function(*arguments)
+    except Exception as error:  # whatever a model raises counts as its failure
+        words = ' '.join(str(error).split()).replace('|', '/')
+        return f'{type(error).__name__}: {words}'
+    return ''
+
+
+def contains(error: str, texts: tuple[str, ...]) -> bool:
+    """Tell whether an error is one of these."""
+    return any(text in error for text in texts)
 
 
 def check_model(row: dict[str, Any], criterion: str, side: int) -> None:
@@ -174,11 +203,7 @@ def check_model(row: dict[str, Any], criterion: str, side: int) -> None:
     Raises:
         UserError: Where none, or one that is not finite or all zero, arrives.
     """
-    cfg = swap.swap(
-        swap.configs_of(row['codebase']) / row['file'],
-        BACKBONE,
-        allow_stride_change=row['stride_changed'],
-    ).cfg
+    cfg = swap.swap(row['name'], BACKBONE, allow_stride_change=row['stride_changed']).cfg
     model = run(row['codebase'], bare(cfg.model.to_dict()), criterion, side)
     stems = [
         module.stages[0].patch_embed.proj.weight
@@ -194,8 +219,8 @@ def check_model(row: dict[str, Any], criterion: str, side: int) -> None:
 
 def check_original(row: dict[str, Any], criterion: str, side: int) -> None:
     """Build and run the model of a config as it is, to see whether that fails too."""
-    cfg = swap.load(swap.configs_of(row['codebase']) / row['file'])
-    run(row['codebase'], bare(swap._plain(cfg.to_dict())['model']), criterion, side)
+    cfg = configs.load(row['name'], import_custom_modules=False)
+    run(row['codebase'], bare(cfg.model.to_dict()), criterion, side)
 
 
 def run(codebase: str, settings: dict[str, Any], criterion: str, side: int) -> Any:
@@ -203,7 +228,7 @@ def run(codebase: str, settings: dict[str, Any], criterion: str, side: int) -> A
     torch.manual_seed(0)
     np.random.seed(0)
     cfg = Config(dict(default_scope=codebase, model=copy.deepcopy(settings)))
-    for node in cli._dicts(cfg.model):
+    for node in nests.dicts(cfg.model):
         if swap.type_name(node) in ('SyncBN', 'MMSyncBN'):  # not on a CPU
             node['type'] = 'BN'
     registry = import_module(f'{codebase}.registry').MODELS
@@ -220,7 +245,7 @@ def beside_configs(codebase: str) -> Iterator[None]:
     """Work in a folder with a link ``configs``: some models name the config of a teacher so."""
     before = Path.cwd()
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / 'configs').symlink_to(swap.configs_of(codebase))
+        (Path(folder) / 'configs').symlink_to(configs.folder_of(codebase))
         os.chdir(folder)
         try:
             yield
@@ -237,7 +262,8 @@ def loss_of(
             model = getattr(model, part)
             settings = settings.get('detector', settings)
             break
-    images = torch.rand(2, 3, side, side) * 4 - 2
+    channels = settings.get('backbone', {}).get('in_channels', 3)
+    images = torch.rand(2, channels, side, side) * 4 - 2
     if criterion == FEATURES:
         features = model.extract_feat(images)
         return sum(feature.square().mean() for feature in features)
@@ -269,7 +295,7 @@ def classes_of(settings: dict[str, Any]) -> int:
     """Return how many classes every head of a model has at least."""
     counts = [
         node[key]
-        for node in cli._dicts(settings)
+        for node in nests.dicts(settings)
         for key in ('num_classes', 'num_things_classes')
         if isinstance(node.get(key), int) and node[key] > 0
     ]
@@ -444,19 +470,22 @@ class Results:
     def __init__(self, folder: Path, force: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.file = folder / 'results.json'
-        digest = hashlib.sha256(Path(swap.__file__).read_bytes()).hexdigest()
-        self.data: dict[str, Any] = dict(digest=digest, rows={}, models={}, seconds=0.0, workers=2)
+        self.digest = hashlib.sha256(Path(swap.__file__).read_bytes()).hexdigest()
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.models: dict[str, dict[str, Any]] = {}
         if self.file.is_file() and not force:
             kept = json.loads(self.file.read_text())
-            models = {key: model for key, model in kept['models'].items() if not model['error']}
-            self.data.update(models=models, seconds=kept['seconds'])
-            if kept['digest'] == digest:
-                self.data['rows'] = kept['rows']
+            self.models = {
+                key: model for key, model in kept['models'].items() if not model['error']
+            }
+            if kept['digest'] == self.digest:
+                self.rows = kept['rows']
 
     def save(self) -> None:
         """Write everything; quick enough for a few thousand entries."""
         part = self.file.with_suffix('.part')
-        part.write_text(json.dumps(self.data, default=repr))
+        data = dict(digest=self.digest, rows=self.rows, models=self.models)
+        part.write_text(json.dumps(data))
         part.replace(self.file)
 
 
@@ -467,117 +496,72 @@ class Progress:
         self.what, self.total, self.done = what, total, 0
         self.start = self.said = time.monotonic()
 
-    def step(self, number: int = 1) -> None:
-        """Count what was done."""
-        self.done += number
+    def step(self) -> bool:
+        """Count a task, and tell whether something was said."""
+        self.done += 1
         now = time.monotonic()
-        if now - self.said > 10 or self.done >= self.total:
-            self.said = now
-            left = (now - self.start) / self.done * (self.total - self.done)
-            print(f'{self.what}: {self.done} of {self.total}, {left / 60:.1f} min left', flush=True)
+        if now - self.said < 10 and self.done < self.total:
+            return False
+        self.said = now
+        left = (now - self.start) / self.done * (self.total - self.done)
+        print(f'{self.what}: {self.done} of {self.total}, {left / 60:.1f} min left', flush=True)
+        return True
 
 
-def census(results: Results, codebases: tuple[str, ...], workers: int, seconds: float) -> bool:
-    """Do what is not done yet, for so long; return whether all is done."""
-    start = time.monotonic()
+def find_configs(patterns: list[str]) -> list[str]:
+    """Return the names of the shipped configs that match any pattern.
+
+    Raises:
+        UserError: Where a pattern matches none.
+    """
+    names = [
+        f'{codebase}::{path}'
+        for codebase in CODEBASES
+        for path in configs.names_in(configs.folder_of(codebase))
+    ]
+    found: set[str] = set()
+    for pattern in patterns:
+        matches = fnmatch.filter(names, pattern)
+        if not matches:
+            hint = configs.nearest(pattern.strip('*'), names)
+            raise runtime.UserError(f'--pattern {pattern}: no config has such a name; {hint}')
+        found |= set(matches)
+    return sorted(found)
+
+
+def census(results: Results, names: list[str], workers: int) -> None:
+    """Do what is not done yet of some configs, and keep it."""
     with ProcessPoolExecutor(workers, initializer=start_worker) as pool:
-        swap_all(pool, results, codebases)
-        todo = models_to_check(results, codebases)
-        progress = Progress('models', len(todo))
-        for i in range(0, len(todo), 4 * workers):
-            if time.monotonic() - start > seconds:
-                break
-            batch = todo[i : i + 4 * workers]
-            check_batch(pool, results, batch)
-            results.save()
-            progress.step(len(batch))
-    results.data['workers'] = workers
-    results.data['seconds'] += time.monotonic() - start
-    results.save()
-    return not models_to_check(results, codebases)
-
-
-def swap_all(pool: ProcessPoolExecutor, results: Results, codebases: tuple[str, ...]) -> None:
-    """Swap all configs that are not swapped yet."""
-    jobs: dict[Future, list[str]] = {}
-    for codebase in codebases:
-        names = [
-            name
-            for path in sorted(swap.configs_of(codebase).rglob('*.py'))
-            if '_base_' not in path.parts
-            if f'{codebase}::{(name := path.relative_to(swap.configs_of(codebase)).as_posix())}'
-            not in results.data['rows']
-        ]
-        for i in range(0, len(names), BATCH):
-            batch = names[i : i + BATCH]
-            jobs[pool.submit(census_configs, codebase, batch)] = batch
-    progress = Progress('configs', sum(map(len, jobs.values())))
-    for job in as_completed(jobs):
-        for row in job.result():  # a crash here is a fault of the swap, and ends the census
-            results.data['rows'][f'{row["codebase"]}::{row["file"]}'] = row
-        progress.step(len(jobs[job]))
-    results.save()
-
-
-def models_to_check(results: Results, codebases: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Return one row for each distinct model that was not checked yet."""
-    rows = {
-        row['model']: row
-        for row in results.data['rows'].values()
-        if row['outcome'] == 'swapped'
-        and row['codebase'] in codebases
-        and row['model'] not in results.data['models']
-    }
-    return list(rows.values())
-
-
-def check_batch(pool: ProcessPoolExecutor, results: Results, rows: list[dict[str, Any]]) -> None:
-    """Check some models; any exception of a model, of whatever kind, is its failure."""
-    jobs = {pool.submit(check_model, row, row['criterion'], SIDE): row for row in rows}
-    for job in as_completed(jobs):
-        row, side, error = jobs[job], SIDE, job.exception()
-        criterion = row['criterion']
-        if contains(error, TOO_SMALL):
-            side = LARGE_SIDE
-            error = pool.submit(check_model, row, criterion, side).exception()
-        if contains(error, NO_CPU_KERNEL):
-            criterion = FEATURES
-            error = pool.submit(check_model, row, criterion, side).exception()
-        message = text_of(error)
-        if error:
-            original = pool.submit(check_original, row, criterion, side).exception()
-            if text_of(original) == message:
-                message = f'as the original: {message}'
-        results.data['models'][row['model']] = dict(criterion=criterion, error=message)
-
-
-def contains(error: BaseException | None, texts: tuple[str, ...]) -> bool:
-    """Tell whether an error is one of these."""
-    return any(text in str(error) for text in texts)
-
-
-def text_of(error: BaseException | None) -> str:
-    """Return an error in one line; nothing for none."""
-    if error is None:
-        return ''
-    words = ' '.join(str(error).split()).replace('|', '/')
-    return f'{type(error).__name__}: {words}'[:160]
+        todo = [name for name in names if name not in results.rows]
+        progress = Progress('configs', len(todo))
+        # An exception here is a fault of the swap, and ends the census.
+        for row in pool.map(census_config, todo, chunksize=8):
+            results.rows[row['name']] = row
+            if progress.step():
+                results.save()
+        rows = [results.rows[name] for name in names]
+        distinct = {row['model']: row for row in rows if row['outcome'] == 'swapped'}
+        models = [row for key, row in distinct.items() if key not in results.models]
+        progress = Progress('models', len(models))
+        for model in pool.map(check, models):
+            results.models[model.pop('model')] = model
+            if progress.step():
+                results.save()
 
 
 # The page
 
 
-def outcomes(results: Results) -> list[dict[str, Any]]:
-    """Return the rows with what came of their models."""
+def outcomes(results: Results, names: list[str]) -> list[dict[str, Any]]:
+    """Return the rows of some configs with what came of their models."""
     rows = []
-    for row in results.data['rows'].values():
-        row = dict(row)
+    for name in names:
+        row = dict(results.rows[name])
         if row['outcome'] == 'swapped':
-            model = results.data['models'].get(row['model'])
-            if model is None:
-                row.update(outcome='not run yet', reason='')
-            elif model['error']:
-                row.update(outcome='failed', reason=model['error'])
+            model = results.models[row['model']]
+            if model['error']:
+                outcome = 'fails anyway' if model['anyway'] else 'failed'
+                row.update(outcome=outcome, reason=model['error'])
             else:
                 row.update(outcome=CARRIED, reason=model['criterion'])
         rows.append(row)
@@ -597,51 +581,52 @@ def label(row: dict[str, Any]) -> str:
     return row['outcome']
 
 
-def page(results: Results) -> str:
+def page(results: Results, rows: list[dict[str, Any]]) -> str:
     """Return the page of docs/."""
-    rows = outcomes(results)
     goal = [row for row in rows if row['family'] in set(FAMILIES.values())]
     done = [row for row in goal if row['outcome'] == CARRIED]
     coarse = [row for row in done if row['stride_changed']]
     alone = [row for row in rows if row['outcome'] == CARRIED and row['reason'] == FEATURES]
+    models = [results.models[key] for key in {row.get('model') for row in rows} - {None}]
     packages = ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg')
     head = PAGE.format(
         side=SIDE,
         large=LARGE_SIDE,
         features=len(alone),
         stack=', '.join(f'{name} {import_module(name).__version__}' for name in packages),
-        models=len(results.data['models']),
-        minutes=results.data['seconds'] / 60,
-        workers=results.data['workers'],
+        models=len(models),
+        minutes=sum(item['seconds'] for item in [*rows, *models]) / 60,
         total=len(goal),
         done=len(done),
         share=100 * len(done) / max(len(goal), 1),
         plain=len(done) - len(coarse),
         coarse=len(coarse),
     )
-    columns = ('same strides', 'coarser strides', 'refused', 'failed', 'does not load')
+    columns = (
+        *('same strides', 'coarser strides', 'refused'),
+        *('failed', 'fails anyway', 'does not load'),
+    )
     sections = [head.rstrip()]
     for codebase in sorted({row['codebase'] for row in rows}):
         own = [row for row in rows if row['codebase'] == codebase]
         sections.append(f'## {codebase}: {len(own)} configs')
-        counts = Counter((row['family'] or 'unknown', label(row)) for row in own)
+        counts = Counter((row['family'], label(row)) for row in own)
         families = sorted({family for family, _ in counts}, key=str.lower)
         lines = [(name, *(counts[name, column] or '' for column in columns)) for name in families]
         total = Counter(map(label, own))
         lines.append(('**all**', *(total[column] for column in columns)))
         sections.append(table(('backbone', *columns), lines))
-        reasons = Counter(
-            (row['outcome'], row['reason']) for row in own if row['outcome'] != CARRIED
-        )
+        reasons = Counter((columns.index(label(row)), row['reason']) for row in own)
         ordered = sorted(reasons.items(), key=lambda item: (item[0][0], -item[1]))
-        lines = [(outcome, reason, number) for (outcome, reason), number in ordered]
-        sections.append(table(('outcome', 'reason', 'configs'), lines))
+        lines = [(columns[outcome], reason, number) for (outcome, reason), number in ordered]
+        sections.append(table(('outcome', 'by, or because', 'configs'), lines))
     failures = [
-        f'- `{row["codebase"]}::{row["file"]}`: {row["reason"]}'
+        (f'`{row["name"]}`', row['outcome'], row['reason'])
         for row in rows
-        if row['outcome'] == 'failed'
+        if row['outcome'] in columns[-3:]
     ]
-    sections.append('## Failed\n\n' + ('\n'.join(failures) or 'None.'))
+    sections.append('## What failed')
+    sections.append(table(('config', 'outcome', 'reason'), failures) if failures else 'Nothing.')
     return '\n\n'.join(sections) + '\n'
 
 
@@ -649,12 +634,20 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('--codebase', choices=CODEBASES, help='one of them alone')
-    parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/swap_census'))
-    parser.add_argument('--workers', type=int, default=2, help='processes (default: 2)')
     parser.add_argument(
-        '--seconds', type=float, default=float('inf'), help='stop after so long; go on by a rerun'
+        '--pattern',
+        nargs='+',
+        default=['*'],
+        metavar='GLOB',
+        help="some of them, e.g. 'mmdet::retinanet/*' (default: all)",
     )
+    parser.add_argument(
+        '--work-dir',
+        type=Path,
+        default=Path('work_dirs/swap_census'),
+        help='where results are kept (default: %(default)s)',
+    )
+    parser.add_argument('--workers', type=int, default=2, help='processes (default: 2)')
     parser.add_argument('--force', action='store_true', help='do everything anew')
     parser.add_argument('--markdown', type=Path, metavar='FILE', help='write the page')
     return parser.parse_args()
@@ -663,19 +656,17 @@ def parse_args() -> argparse.Namespace:
 @cli.main_errors
 def main() -> None:
     args = parse_args()
+    names = find_configs(args.pattern)
     results = Results(args.work_dir, args.force)
-    codebases = (args.codebase,) if args.codebase else CODEBASES
-    is_done = census(results, codebases, args.workers, args.seconds)
-    rows = outcomes(results)
+    census(results, names, args.workers)
+    rows = outcomes(results, names)
     for (codebase, outcome), number in sorted(
         Counter((row['codebase'], label(row)) for row in rows).items()
     ):
         print(f'{codebase}  {outcome}: {number}')
     if args.markdown:
-        args.markdown.write_text(page(results), encoding='utf-8')
+        args.markdown.write_text(page(results, rows), encoding='utf-8')
         print(f'wrote {args.markdown}')
-    if not is_done:
-        print('not all models are done: run it again to go on')
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""Train a detector or segmentor from a config.
+"""Train a detector, segmentor or classifier from a config.
 
 Example:
     python tools/train.py configs/retinanet_pvt_s_fpn_1x_coco.py --data-root /data/coco
@@ -9,21 +9,21 @@ import os
 
 from mmengine.runner import Runner
 
-from pvt_mm import cli, data_guard, runtime
+from pvt_mm import cli, data_guard, resume, runtime
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('config', help='config file of mmdet or mmseg kind')
+    parser.add_argument('config', help='config file of mmdet, mmseg or mmpretrain kind')
     parser.add_argument('--work-dir', help='logs and checkpoints (default: work_dirs/CONFIG)')
     parser.add_argument(
         '--resume',
         nargs='?',
         const='auto',
         metavar='PATH',
-        help='go on from PATH, or from the newest checkpoint in the work dir',
+        help='go on from PATH, or from the newest checkpoint in the work dir if there is one',
     )
     parser.add_argument(
         '--load-from', metavar='PATH', help='start from the weights of a checkpoint'
@@ -36,11 +36,23 @@ def parse_args() -> argparse.Namespace:
         action='store_true',
         help="scale the learning rate to the total batch; iterations stay the config's",
     )
+    parser.add_argument(
+        '--option',
+        nargs='+',
+        default=[],
+        metavar='NAME',
+        help='training options: accumulate, ema, layer_decay, no_decay (docs/training_options.md)',
+    )
     parser.add_argument('--seed', type=int, help='seed of all random numbers (default: random)')
     parser.add_argument(
         '--skip-bad-images',
         action='store_true',
         help='warn and take another image where one cannot be loaded (default: stop and name it)',
+    )
+    parser.add_argument(
+        '--deterministic',
+        action='store_true',
+        help='only operations that give the same numbers each time (docs/resume.md)',
     )
     cli.add_common_arguments(parser)
     return parser.parse_args()
@@ -49,8 +61,8 @@ def parse_args() -> argparse.Namespace:
 @cli.main_errors
 def main() -> None:
     args = parse_args()
-    cfg = cli.load_config(args.config, args.cfg_options, args.data_root)
-    cli.task_of(cfg)
+    cfg = cli.load_config(args.config, args.cfg_options, args.data_root, args.option)
+    cli.task_of(cfg, cli.CODEBASES)
     cli.check_data(cfg, ('train_dataloader', 'val_dataloader'))
     data_guard.check_classes(cfg, args.config, ('train_dataloader', 'val_dataloader'))
     cfg.launcher = args.launcher
@@ -62,20 +74,29 @@ def main() -> None:
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
     if args.auto_scale_lr:
         cli.enable_auto_scale_lr(cfg)
+    if args.fast_coco_eval:
+        cli.use_fast_coco_eval(cfg)
     if args.seed is not None:
         cfg.randomness = dict(cfg.get('randomness', {}), seed=args.seed)
+    if args.deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # CUDA's products need it
+        cfg.randomness = dict(cfg.get('randomness', {}), deterministic=True)
     if args.load_from:
         cfg.load_from = args.load_from
-    if args.resume:
-        cfg.resume = True
-        cfg.load_from = None if args.resume == 'auto' else args.resume
+    if args.resume == 'auto':
+        cfg.resume = 'auto'
+    elif args.resume:
+        cfg.resume, cfg.load_from = True, args.resume
     cli.check_checkpoint(cfg.get('load_from'))
+    cli.check_pretrained(cfg)
     cli.add_checkpoint_hook(cfg)
     cli.add_hook(cfg, 'NonFiniteHook')
     runtime.setup(cfg)
-    runner = Runner.from_cfg(cfg)
-    data_guard.guard_loading(runner, args.config, args.skip_bad_images)
-    runner.train()
+    resume.setup(cfg)
+    with resume.clear_errors(cfg.work_dir):
+        runner = Runner.from_cfg(cfg)
+        data_guard.guard_loading(runner, args.config, args.skip_bad_images)
+        runner.train()
     runtime.leave_together()
 
 

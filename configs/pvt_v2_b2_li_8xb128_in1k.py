@@ -1,0 +1,5 @@
+# Classification on ImageNet-1k, PVTv2-B2-Linear. Reference: top-1 82.1.
+_base_ = ['_base_/recipes/classifier_300ep_in1k.py', '_base_/backbones/pvt_v2_b2_li.py']
+model = dict(
+    backbone=dict(_base_.backbone, init_cfg=None),
+    head=dict(in_channels=_base_.out_channels[-1]))
