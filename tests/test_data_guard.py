@@ -141,6 +141,8 @@ def test_bad_images_are_skipped_and_counted(small_config, run_tool, tmp_path):
     assert counts == list(range(1, len(counts) + 1)) and len(counts) >= 3
     for kind in ('002.jpg: truncated image', '004.jpg: missing file', '006.jpg: image of another'):
         assert f'/train2017/{kind}' in log
+    run_tool(*arguments[:5], tmp_path / 'again', *arguments[6:])
+    assert losses(tmp_path / 'again') == losses(tmp_path / 'run'), 'whichever worker skips'
 
 
 def test_evaluation_stops_also_where_training_skips(config, tmp_path):
