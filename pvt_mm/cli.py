@@ -44,7 +44,7 @@ def main_errors(main: Callable[[], None]) -> Callable[[], None]:
         try:
             main()
         except SystemExit as end:
-            if end.code == 0:  # the parser has printed its help
+            if end.code == 0 and {'-h', '--help'} & set(sys.argv):  # which was printed
                 print('  --debug  print the traceback of an error')
             raise
         except (UserError, ArchError, CheckpointMismatchError, KeyError) as error:
@@ -116,6 +116,8 @@ def load_config(
         add_training_option(cfg, name)
     options = dict(cfg_options or {})
     data_root = data_root or options.pop('data_root', None)
+    for key in options:
+        _drop_none(cfg._cfg_dict, key.split('.')[:-1])
     if options:
         cfg.merge_from_dict(options)
     if data_root:
@@ -139,6 +141,17 @@ def add_training_option(cfg: Config, name: str) -> None:
         raise UserError(f'There is no option {name!r}; choose of {", ".join(sorted(files))}.')
     option = Config.fromfile(files[name])
     cfg.merge_from_dict({key.removesuffix(f'_{name}'): option[key] for key in option})
+
+
+def _drop_none(node: Any, keys: list[str]) -> None:
+    """Remove a None on the way to an option's key, into which mmengine cannot merge a dict."""
+    for key in keys:
+        if not isinstance(node, dict) or key not in node:
+            return
+        if node[key] is None:
+            del node[key]
+            return
+        node = node[key]
 
 
 def set_data_root(cfg: Config, root: str) -> None:

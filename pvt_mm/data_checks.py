@@ -188,6 +188,7 @@ class Entries:
     Args:
         dataset: A CocoDataset, not initialised.
         with_mask: Whether masks are learnt.
+        content: The file's content; by default it is read.
 
     Attributes:
         found: What was found.
@@ -195,7 +196,9 @@ class Entries:
         content: The file's content without the entries that do; None where nothing is left.
     """
 
-    def __init__(self, dataset: Any, with_mask: bool) -> None:
+    def __init__(
+        self, dataset: Any, with_mask: bool, content: dict[str, Any] | None = None
+    ) -> None:
         self.found: list[Finding] = []
         self.fatal = False
         self.content: dict[str, Any] | None = None
@@ -203,7 +206,9 @@ class Entries:
         self._folder = str(dataset.data_prefix['img'])
         self._with_mask = with_mask
         try:
-            content = json.loads(fileio.get_text(self._file, backend_args=dataset.backend_args))
+            if content is None:
+                text = fileio.get_text(self._file, backend_args=dataset.backend_args)
+                content = dict(json.loads(text))
             images, annotations = content['images'], content['annotations']
             names = {category['id']: category['name'] for category in content['categories']}
         except (LookupError, TypeError, ValueError) as error:
@@ -213,6 +218,7 @@ class Entries:
         self._names = names
         self._classes = set(dataset.metainfo['classes'])
         self._images: dict[Any, dict] = {}
+        self._incomplete: set = set()
         self._objects: Counter = Counter()
         kept_images = [entry for entry in images if self._check_image(entry)]
         ids: set = set()
@@ -233,6 +239,7 @@ class Entries:
             name = self._path(entry) if 'file_name' in entry else self._file
             what = f'image {entry.get("id", "")} has no {", ".join(lacking)}'
             self._add(name, 'incomplete entry', what)
+            self._incomplete.add(entry.get('id'))
             return False
         if entry['id'] in self._images:
             first = self._images[entry['id']]['file_name']
@@ -250,6 +257,8 @@ class Entries:
         file = self._path(image) if image is not None else self._file
         if lacking:
             self._add(file, 'incomplete entry', f'{name} has no valid {", ".join(lacking)}')
+            return False
+        if image is None and entry['image_id'] in self._incomplete:
             return False
         if image is None:
             self._add(file, 'annotation of no image', f'{name}, image {entry["image_id"]}')
@@ -385,7 +394,7 @@ def _check_sample(index: int) -> list[Finding]:
 def _path_kinds(file: str, root: str) -> Iterator[str]:
     if not file.removeprefix(root).isascii():
         yield 'non-ASCII path'
-    if len(os.path.abspath(file)) > LONGEST_PATH:
+    if len(os.path.abspath(file)) > LONGEST_PATH and os.path.exists(file):
         yield 'very long path'
 
 

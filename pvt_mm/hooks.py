@@ -56,6 +56,7 @@ class PVTCheckpointHook(Hook):
         drop_config(checkpoint)
         if getattr(runner, '_resume', False):
             _check_training_state(runner, checkpoint)
+            _check_shapes(_inner(runner.model), state_dict)
             _forget_other_files(runner, checkpoint['message_hub']['runtime_info'])
         self._end_check()
         self._check = require_fit(runner.model, state_dict, self.whole)
@@ -83,10 +84,15 @@ def require_fit(model: nn.Module, weights: dict[str, Any], whole: bool) -> Remov
     Returns:
         The handle to remove after the load.
     """
-    inner: Any = model
-    while is_model_wrapper(inner) or isinstance(inner, BaseTTAModel):
-        inner = inner.module
-    return inner.register_load_state_dict_post_hook(partial(_check_loaded, list(weights), whole))
+    check = partial(_check_loaded, list(weights), whole)
+    return _inner(model).register_load_state_dict_post_hook(check)
+
+
+def _inner(model: Any) -> nn.Module:
+    """Return a model without what wraps it, as mmengine loads into it."""
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    return model
 
 
 def _check_loaded(given: list[str], whole: bool, model: nn.Module, incompatible: Any) -> None:
@@ -136,6 +142,18 @@ def _check_training_state(runner: Any, checkpoint: dict[str, Any]) -> None:
                 f'The optimizer of this training has {sum(found)} parameters in {len(found)} '
                 f'groups, that of the config {sum(own)} in {len(own)}; resume with the config that '
                 'it was started with, or start a new one with --load-from.'
+            )
+
+
+def _check_shapes(model: nn.Module, weights: dict[str, Any]) -> None:
+    """Check that what has a model's name has its shape too, as its optimizer's state must."""
+    for key, own in model.state_dict().items():
+        shape = getattr(weights.get(key, own), 'shape', None)
+        if shape != own.shape:
+            raise CheckpointMismatchError(
+                f'{key} of this training is {tuple(shape or ())}, that of the config '
+                f'{tuple(own.shape)}; resume with the config that it was started with, or start a '
+                'new one with --load-from.'
             )
 
 
@@ -220,7 +238,7 @@ class NonFiniteHook(Hook):
             UserError: Naming the iteration, its images and the ways on.
         """
         finite, self._finite = self._finite, None
-        losses = {name: float(value) for name, value in (outputs or {}).items() if 'loss' in name}
+        losses = {name: value.item() for name, value in (outputs or {}).items() if 'loss' in name}
         bad = {name: value for name, value in losses.items() if not math.isfinite(value)}
         if bad:
             listed = ', '.join(f'{name} {value}' for name, value in bad.items())

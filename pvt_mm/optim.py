@@ -45,14 +45,16 @@ class PVTOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             params[:] = self._refined(params, module)
 
     def _refined(self, params: list[dict[str, Any]], model: nn.Module) -> list[dict[str, Any]]:
+        if self.base_lr is None:
+            raise UserError('Give the learning rate that the layers share: set optimizer.lr.')
         names = {parameter: name for name, parameter in model.named_parameters()}
         scales = layer_scales(model, self.paramwise_cfg.get('layer_decay_rate', 1.0))
         groups: dict[str, dict[str, Any]] = {}
         for group in params:
             (parameter,) = group.pop('params')
             name = names[parameter]
-            lr: Any = group.get('lr', self.base_lr)
-            group['lr'] = lr * scales.get(name, 1.0)
+            group.setdefault('lr', self.base_lr)
+            group['lr'] *= scales.get(name, 1.0)
             is_position = name.rpartition('.')[2] in POSITIONS
             if self.paramwise_cfg.get('no_decay') and (parameter.ndim < 2 or is_position):
                 group['weight_decay'] = 0.0

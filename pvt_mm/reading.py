@@ -75,6 +75,12 @@ def takes_safe_globals() -> bool:
     return digit_version(torch.__version__.split('+')[0]) >= digit_version('2.6.0')
 
 
+def allow_safe_globals() -> None:
+    """Have torch's own reader take training checkpoints, where it can be told."""
+    if takes_safe_globals():
+        torch.serialization.add_safe_globals(safe_globals())
+
+
 def _load_bytes(content: bytes) -> Any:
     """Stand in for what pickled tensors name, which would load anything."""
     return torch.load(io.BytesIO(content), weights_only=True)
@@ -198,6 +204,7 @@ def read_checkpoint(path: str | Path, map_location: Any = 'cpu') -> dict[str, An
 
 
 def _read_pickled(file: Path, map_location: Any) -> Any:
+    allow_safe_globals()  # others may have taken their own off the list, and ours with them
     try:
         return torch.load(file, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError:

@@ -26,8 +26,7 @@ _HASH = re.compile(r'-([0-9a-f]{8,64})\.\w+$')
 
 def register_safe_reading() -> None:
     """Have mmengine read every checkpoint, pickle and YAML file as data."""
-    if reading.takes_safe_globals():
-        torch.serialization.add_safe_globals(reading.safe_globals())
+    reading.allow_safe_globals()
     loaders: dict[str, Callable[..., dict[str, Any]]] = {
         '': load_from_file,
         'http://': load_from_url,

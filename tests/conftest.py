@@ -108,6 +108,23 @@ def run_tool(tmp_path):
     return functools.partial(run_main, tmp_path)
 
 
+@pytest.fixture
+def failing(run_tool, capsys):
+    """Run a tool that must fail: failing('train', ...) -> what it prints."""
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            run_tool(*arguments)
+        assert stop.value.code == 1
+        captured = capsys.readouterr()
+        assert 'Traceback' not in captured.err
+        (line,) = [line for line in captured.err.splitlines() if line.startswith('error: ')]
+        assert captured.err.rstrip().endswith(line), 'one line, and the last'
+        return line
+
+    return run
+
+
 class Trained(NamedTuple):
     """A finished short training; copy the work dir before going on in it."""
 

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -10,7 +11,9 @@ import time
 from types import SimpleNamespace
 from unittest import mock
 
+import cv2
 import mmengine.config.utils
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
@@ -18,7 +21,7 @@ from mmengine.structures import InstanceData
 from reference import REPO
 from test_configs import read_metafile
 
-from pvt_mm import nests, runtime
+from pvt_mm import cli, nests, runtime
 
 spec = importlib.util.spec_from_file_location('check_configs', REPO / 'tools/check_configs.py')
 tool = importlib.util.module_from_spec(spec)
@@ -121,6 +124,65 @@ def test_only_data_sizes_and_schedule_shrink(name, side, iterations, tmp_path):
         assert cfg.train_cfg.max_epochs * images == iterations * tool.BATCH
     else:
         assert cfg.train_cfg.max_iters == iterations
+
+
+def test_a_classifier_shrinks_too(tmp_path, monkeypatch):
+    """The same model, with the classes and image sizes of the cut-outs; the sampler stays."""
+    monkeypatch.setattr(cli, 'find_spec', lambda name: name)
+    cfg = load('pvt_s_8xb128_in1k.py')
+    whole = copy.deepcopy(cfg)
+    tool.shrink(cfg, tmp_path / 'data', 3, tmp_path / 'run')
+    assert set(differences(whole.model, cfg.model)) == {'num_classes'}
+    assert cfg.model.head.num_classes == cfg.model.data_preprocessor.num_classes == 5
+    assert cfg.optim_wrapper == whole.optim_wrapper
+    assert cfg.train_dataloader.sampler == whole.train_dataloader.sampler
+    for loader, split in (('train_dataloader', 'train'), ('test_dataloader', 'val')):
+        data = cfg[loader].dataset
+        assert (data.type, data.data_prefix) == ('CustomDataset', split)
+        assert data.data_root == str(tmp_path / 'data' / 'classes')
+    assert cfg.train_dataloader.dataset.pipeline[1].scale == 112
+    assert [step.get('scale') for step in cfg.test_dataloader.dataset.pipeline][1] == 128
+    assert cfg.train_cfg.max_epochs * cfg.train_dataloader.dataset.indices == 3 * tool.BATCH
+
+
+def test_objects_are_cut_out_for_classification(tmp_path):
+    """A picture of each object lies in its class's folder, and every class has one."""
+    image = np.zeros((50, 60, 3), 'uint8')
+    image[10:30, 20:45] = 255
+    for split in ('train', 'val'):
+        (tmp_path / f'coco/{split}2017').mkdir(parents=True)
+        (tmp_path / 'coco/annotations').mkdir(exist_ok=True)
+        cv2.imwrite(str(tmp_path / f'coco/{split}2017/a.png'), image)
+        coco = dict(
+            images=[dict(id=7, file_name='a.png')],
+            categories=[dict(id=i + 1, name=name) for i, name in enumerate(tool.CLASSES)],
+            annotations=[dict(id=3, image_id=7, category_id=2, bbox=[20, 10, 25, 20])],
+        )
+        file = tmp_path / f'coco/annotations/instances_{split}2017.json'
+        file.write_text(json.dumps(coco))
+    tool.crop_objects(tmp_path)
+    folders = {path.name for path in (tmp_path / 'classes/val').iterdir()}
+    assert folders == set(tool.CLASSES)
+    (file,) = (tmp_path / 'classes/train').rglob('*.png')
+    assert file.parent.name == 'one'
+    cut = cv2.imread(str(file))
+    assert cut.shape == (20, 25, 3) and cut.min() == 255
+
+
+def test_classification_is_skipped_without_mmpretrain(monkeypatch):
+    """The others run, and a sentence says what does not and how it would; alone, it is an error."""
+    monkeypatch.setattr(tool, 'find_spec', lambda name: None)
+    paths = tool.find_configs(['pvt_*_in1k.py', RETINANET])
+    left, sentence = tool.split_off_classification(paths)
+    assert [path.name for path in left] == [RETINANET]
+    assert sentence.startswith('11 classification recipes are skipped')
+    assert "pip install 'pvt-mm[classification]'" in sentence
+    assert sentence in tool.markdown_page([tool.Row(RETINANET)], 3, sentence)
+    with pytest.raises(runtime.UserError, match='11 classification recipes'):
+        tool.split_off_classification([path for path in paths if path not in left])
+    assert tool.split_off_classification(left) == (left, '')
+    monkeypatch.setattr(tool, 'find_spec', lambda name: name)
+    assert tool.split_off_classification(paths) == (paths, '')
 
 
 class Toy(torch.nn.Linear):

@@ -42,12 +42,12 @@ def classifier(arch, **kwargs):
     return Classifier(backbone_class(arch)(arch, out_indices=(3,), **options), **kwargs).eval()
 
 
-def load_from(model, weights):
+def load_from(model, weights, strict=True):
     """Load as Runner.load_checkpoint does, with the hook of every recipe."""
     checkpoint = {'model': dict(weights)}
     hook = HOOKS.build(dict(type='PVTCheckpointHook'))
     hook.after_load_checkpoint(SimpleNamespace(model=model), checkpoint)
-    _load_checkpoint_to_model(model, checkpoint, strict=True)
+    _load_checkpoint_to_model(model, checkpoint, strict=strict)
 
 
 def random_weights(arch):
@@ -95,6 +95,17 @@ def test_official_weights_load_whole(arch):
     back |= {f'head.{key}': value for key, value in model.head.state_dict().items()}
     assert back.keys() == weights.keys()
     assert all(torch.equal(back[key], value) for key, value in weights.items())
+
+
+def test_a_head_of_other_classes_is_left_alone(capsys):
+    """Fine-tuning: the backbone arrives whole, the head keeps its draw, and a warning says so."""
+    model, weights = classifier('b0', num_classes=7), random_weights('b0')
+    before = model.head.weight.detach().clone()
+    load_from(model, weights, strict=False)
+    assert torch.equal(model.head.weight, before)
+    back = convert_checkpoint(model.backbone.state_dict(), to='official')
+    assert all(torch.equal(value, weights[key]) for key, value in back.items())
+    assert 'size mismatch for head.weight' in capsys.readouterr().out
 
 
 def test_a_trained_classifier_reaches_a_detector():

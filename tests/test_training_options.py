@@ -123,6 +123,7 @@ def test_no_decay_of_a_leaf(name, rate):
     assert free == {key for key in shapes if len(shapes[key]) < 2 or 'pos_embed' in key}
     assert sum('pos_embed' in key for key in free) == 4
     assert set(found.values()) == {(rate, 0.0), (rate, 1e-4)} and len(groups) == 2
+    assert len(rates(name, 'layer_decay', 'no_decay')[1]) == 36, 'two a layer'
 
 
 def test_both_respect_the_rules_that_a_recipe_has():
@@ -168,6 +169,9 @@ def test_a_model_without_pvt_is_refused():
     assert [group['weight_decay'] for group in wrapper.optimizer.param_groups] == [0.1, 0.0]
     cfg['paramwise_cfg']['layer_decay_rate'] = 0.5
     with pytest.raises(runtime.UserError, match='needs the layers of a PVT'):
+        build_optim_wrapper(nn.Linear(2, 2), copy.deepcopy(cfg))
+    del cfg['optimizer']['lr']
+    with pytest.raises(runtime.UserError, match=r'set optimizer\.lr'):
         build_optim_wrapper(nn.Linear(2, 2), cfg)
 
 

@@ -26,7 +26,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pvt_mm import CheckpointMismatchError, convert_checkpoint, inference, runtime
-from pvt_mm.checkpoint import bare_backbone
 
 FORMATS = ('official', 'timm', 'huggingface', 'mmdet', 'pvt_mm')
 PAIRS = [
@@ -69,6 +68,13 @@ def published(arch, fmt='official'):
         weights |= {f'norm.{leaf}': torch.randn(width) for leaf in ('weight', 'bias')}
         weights['cls_token'] = torch.randn(1, 1, width)
     return convert_checkpoint(weights, to=fmt)
+
+
+#: What a training's checkpoint holds beside weights.
+STATE = {
+    'meta': dict(epoch=0, iter=1),
+    'message_hub': dict(log_scalars={}, runtime_info={}, resumed_keys={}),
+}
 
 
 class Net(BaseModel):
@@ -141,9 +147,7 @@ def by_load_from(arch, fmt, folder):
 
 
 def by_resume(arch, fmt, folder):
-    meta = dict(epoch=0, iter=1)
-    hub = dict(log_scalars={}, runtime_info={}, resumed_keys={})
-    torch.save({'meta': meta, 'message_hub': hub, 'state_dict': whole(arch, fmt)}, folder / 'w.pth')
+    torch.save(STATE | {'state_dict': whole(arch, fmt)}, folder / 'w.pth')
     runner = runner_of(Net(arch), folder)
     runner._train_loop = runner.build_train_loop(runner._train_loop)
     runner.resume(str(folder / 'w.pth'))
@@ -191,7 +195,7 @@ ROADS = (
 
 
 def check(backbones, arch):
-    expected = bare_backbone(published(arch))
+    expected = convert_checkpoint(published(arch))
     for backbone in backbones:
         state = backbone.state_dict()
         assert state.keys() == expected.keys()
@@ -424,9 +428,7 @@ def test_the_hook_fills_every_backbone(tmp_path):
 def test_a_runner_refuses_another_arch(resume, tmp_path):
     """load_from and resume are never strict in mmengine; the refusal holds all the same."""
     runtime.setup()
-    hub = dict(log_scalars={}, runtime_info={}, resumed_keys={})
-    checkpoint = dict(meta=dict(epoch=1, iter=1), message_hub=hub)
-    torch.save({'state_dict': whole('b1', 'official'), **checkpoint}, tmp_path / 'w.pth')
+    torch.save(STATE | {'state_dict': whole('b1', 'official')}, tmp_path / 'w.pth')
     runner = runner_of(Net('b0'), tmp_path, load_from=str(tmp_path / 'w.pth'), resume=resume)
     runner._train_loop = runner.build_train_loop(runner._train_loop)
     with pytest.raises(CheckpointMismatchError, match='do not fit PVTv2'):

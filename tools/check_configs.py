@@ -483,7 +483,8 @@ def main() -> None:
         check=True,
         stdout=subprocess.DEVNULL,
     )
-    crop_objects(data)
+    if any(is_classification(path) for path in paths):
+        crop_objects(data)
     rows = check_all(paths, data, args.iters, work_dir, args.force)
     print(f'\n{text_table(rows)}')
     if skipped:

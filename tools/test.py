@@ -41,7 +41,6 @@ def main() -> None:
     task = cli.task_of(cfg, cli.CODEBASES)
     cli.check_data(cfg, ('test_dataloader',))
     data_guard.check_classes(cfg, args.config, ('test_dataloader',))
-    cli.check_checkpoint(args.checkpoint)
     cfg.launcher = args.launcher
     os.environ.setdefault('LOCAL_RANK', '0')
     cfg.load_from = args.checkpoint
@@ -56,6 +55,7 @@ def main() -> None:
         cli.keep_predictions(cfg, args.out)
     if args.tta:
         cli.enable_tta(cfg, task)
+    cli.check_checkpoint(args.checkpoint)
     # The checkpoint brings the backbone's weights; published ones need not be fetched for it.
     cli.without_pretrained(cfg)
     cli.add_checkpoint_hook(cfg, whole=True)
