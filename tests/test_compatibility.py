@@ -118,7 +118,7 @@ def test_all_that_is_used_is_in_torch_2_1(path):
 
 def test_newer_names_are_noticed():
     """Unguarded, guarded against something else, and unknown names fail; a guarded one does not."""
-    known = {'names': ['torch', 'torch.nn'], 'newer': {'torch.new': '2.9', 'torch.nn.new': '2.9'}}
+    known = {'names': ['torch', 'torch.nn'], 'newer': ['torch.new', 'torch.nn.new']}
     guard = 'try:\n    torch.new\nexcept {}:\n    pass\n'
     assert faults_of('import torch\n' + guard.format('AttributeError'), known) == []
     condition = f'import torch\nif {CONDITIONS[0]}:\n    torch.new'

@@ -105,6 +105,7 @@ CASE = tool.Case('PVT', tuple(SMALL.items()), (0, 2), 2, 64, 96, seed=1)
     ('change', 'fault'),
     [
         (lambda outs: outs[:1], 'shapes'),
+        (lambda outs: [out.double() for out in outs], 'features of'),
         (lambda outs: [out.mT.contiguous().mT for out in outs], 'not contiguous'),
         (lambda outs: [out / 0 for out in outs], 'not finite'),
         (lambda outs: [out + len(out) for out in outs], 'depends on the rest of the batch'),

@@ -21,7 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -36,16 +36,32 @@ STRIDES = (4, 2, 2, 2)
 STAGES = tuple(
     indices for count in range(1, 5) for indices in itertools.combinations(range(4), count)
 )
-#: Weights' dtype, image's dtype, and whether bf16 autocast is on.
-PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype, bool]] = {
-    'fp32': (torch.float32, torch.float32, False),
-    'fp64': (torch.float64, torch.float64, False),
-    'bf16': (torch.bfloat16, torch.bfloat16, False),
-    'fp16': (torch.float16, torch.float16, False),
-    'autocast': (torch.float32, torch.float32, True),
-    'autocast, bf16 image': (torch.float32, torch.bfloat16, True),
-    'fp64 image': (torch.float32, torch.float64, False),
-    'uint8 image': (torch.float32, torch.uint8, False),
+
+
+class Precision(NamedTuple):
+    """Dtypes of weights and image, whether bf16 autocast is on, and the backbone's own setting."""
+
+    weights: torch.dtype = torch.float32
+    image: torch.dtype = torch.float32
+    autocast: bool = False
+    compute_dtype: str | None = None
+
+    @property
+    def is_bf16(self) -> bool:
+        """Whether products run in bf16."""
+        return self.autocast or self.weights == torch.bfloat16 or self.compute_dtype is not None
+
+
+PRECISIONS = {
+    'fp32': Precision(),
+    'fp64': Precision(torch.float64, torch.float64),
+    'bf16': Precision(torch.bfloat16, torch.bfloat16),
+    'fp16': Precision(torch.float16, torch.float16),
+    'autocast': Precision(autocast=True),
+    'autocast, bf16 image': Precision(image=torch.bfloat16, autocast=True),
+    'compute_dtype bf16': Precision(compute_dtype='bfloat16'),
+    'fp64 image': Precision(image=torch.float64),
+    'uint8 image': Precision(image=torch.uint8),
 }
 LAYOUTS = ('contiguous', 'channels last', 'transposed', 'sliced', 'expanded')
 VALUES = ('normal', 'zero', 'pixels')
@@ -108,10 +124,11 @@ def settings(case: Case) -> dict[str, Any]:
 
 def expected(case: Case) -> str:
     """The outcome that the documentation gives."""
-    weights, image, autocast = PRECISIONS[case.precision]
+    precision = PRECISIONS[case.precision]
+    weights, image = precision.weights, precision.image
     if case.channels != 3:
         return CHANNELS
-    if not image.is_floating_point or (image != weights and not autocast):
+    if not image.is_floating_point or (image != weights and not precision.autocast):
         return DTYPE
     arch = settings(case)
     smallest = (1,) * 4 if arch.get('linear') else arch['sr_ratios']
@@ -124,18 +141,25 @@ def expected(case: Case) -> str:
 
 
 @functools.lru_cache(maxsize=1)
-def build(backbone: str, arch: Any, out_indices: tuple[int, ...], sr_mode: str) -> Any:
+def build(
+    backbone: str, arch: Any, out_indices: tuple[int, ...], sr_mode: str, compute_dtype: str | None
+) -> Any:
     """Build a backbone in fp32; the last one is kept, since cases come sorted."""
     torch.manual_seed(0)
     arch = arch if isinstance(arch, str) else dict(arch)
-    more = {'sr_mode': sr_mode, 'out_indices': out_indices, 'drop_path_rate': 0.1}
-    return BACKBONES[backbone](arch, **more)
+    return BACKBONES[backbone](
+        arch,
+        out_indices=out_indices,
+        sr_mode=sr_mode,
+        compute_dtype=compute_dtype,
+        drop_path_rate=0.1,
+    )
 
 
 def backbone_of(case: Case) -> Any:
     """The backbone in the case's precision and mode, gradients cleared."""
-    model = build(case.backbone, case.arch, case.out_indices, case.sr_mode)
-    dtype = PRECISIONS[case.precision][0]
+    dtype, _, _, compute_dtype = PRECISIONS[case.precision]
+    model = build(case.backbone, case.arch, case.out_indices, case.sr_mode, compute_dtype)
     if dtype != torch.float32:
         model = copy.deepcopy(model).to(dtype)
     model.zero_grad()
@@ -150,7 +174,7 @@ def draw_image(case: Case) -> Tensor:
         image = torch.randint(0, 256, shape, generator=generator).float()
     else:
         image = torch.randn(shape, generator=generator) * (case.values == 'normal')
-    image = image.to(PRECISIONS[case.precision][1])
+    image = image.to(PRECISIONS[case.precision].image)
     if case.layout == 'channels last':
         return image.contiguous(memory_format=torch.channels_last)
     if case.layout == 'transposed':
@@ -184,9 +208,9 @@ def run(case: Case) -> tuple[str, str]:
 
 def fault_of(case: Case, model: Any, image: Tensor) -> str:
     """Run the forward pass, in training the backward pass too; say what is wrong, if anything."""
-    autocast = PRECISIONS[case.precision][2]
+    precision = PRECISIONS[case.precision]
     with torch.set_grad_enabled(case.training):
-        with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+        with torch.autocast('cpu', torch.bfloat16, enabled=precision.autocast):
             outs = model(image)
         if case.training:
             sum(out.float().sin().mean() for out in outs).backward()
@@ -194,6 +218,8 @@ def fault_of(case: Case, model: Any, image: Tensor) -> str:
     shapes = [(case.batch, arch['dims'][i], *sizes[i]) for i in case.out_indices]
     if [tuple(out.shape) for out in outs] != shapes:
         return f'shapes {[tuple(out.shape) for out in outs]}, not {shapes}'
+    if not precision.autocast and any(out.dtype != precision.weights for out in outs):
+        return f'features of {[out.dtype for out in outs]}'
     if not all(out.is_contiguous() for out in outs):
         return 'features are not contiguous'
     if not all(out.isfinite().all() for out in outs):
@@ -215,8 +241,7 @@ def has_gradients(case: Case) -> bool:
     any implementation. And PyTorch's bf16 convolution leaves those columns of the weight's gradient
     unwritten that met nothing but padding, as some do where an image is at most 16 pixels wide.
     """
-    bf16 = PRECISIONS[case.precision][0] == torch.bfloat16 or PRECISIONS[case.precision][2]
-    tiny = bf16 and min(case.height, case.width) <= 16
+    tiny = PRECISIONS[case.precision].is_bf16 and min(case.height, case.width) <= 16
     return case.training and case.values != 'zero' and not tiny
 
 
@@ -263,7 +288,7 @@ def draw_cases(count: int, seed: int) -> list[Case]:
                 rng.choice((1, 1, 2, 3)),
                 height,
                 width,
-                rng.choices(list(PRECISIONS), (4, 2, 2, 2, 2, 2, 0.4, 0.4))[0],
+                rng.choices(list(PRECISIONS), (4, 2, 2, 2, 2, 2, 2, 0.4, 0.4))[0],
                 rng.random() < 0.4,
                 rng.choice(LAYOUTS),
                 rng.choice(VALUES),
@@ -271,7 +296,9 @@ def draw_cases(count: int, seed: int) -> list[Case]:
                 seed=rng.randrange(2**31),
             )
         )
-    return sorted(cases, key=lambda case: (case.backbone, case.arch, case.out_indices))
+    return sorted(
+        cases, key=lambda case: (case.backbone, case.arch, case.out_indices, case.precision)
+    )
 
 
 def draw_side(rng: random.Random) -> int:
