@@ -30,28 +30,10 @@ from mmengine.registry import DATASETS, init_default_scope
 from mmengine.runner import Runner
 
 from .cli import datasets
-from .runtime import UserError
+from .reading import DataError, UserError
 
 #: mmseg's label of a pixel that belongs to no class.
 IGNORED = 255
-
-
-class DataError(UserError):
-    """A file of the data set with which a model cannot be trained.
-
-    Args:
-        message: A sentence that names the file. PyTorch hands on a worker's error by building
-            another one from its traceback, whose last line is the message.
-        file: The file that is named.
-        kind: What is wrong, in the words of the table that ``tools/check_dataset.py`` prints.
-        detail: What was seen.
-    """
-
-    def __init__(self, message: str, file: str = '', kind: str = '', detail: str = '') -> None:
-        super().__init__(message.rstrip().rpartition('DataError: ')[2])
-        self.file = file
-        self.kind = kind
-        self.detail = detail
 
 
 # Loading

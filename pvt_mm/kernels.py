@@ -140,7 +140,7 @@ def mlp(
     Shape:
         x: (B, H, W, C) -> (B, H, W, C) of ``dtype``.
     """
-    out = torch.empty(x.shape, dtype=dtype)
+    out = x.new_empty(x.shape, dtype=dtype)
     results = out if dwconv else out.view(1, -1, 1, x.shape[-1])
     for place, part in _mlp_parts(x, None, fc1, fc2, dwconv, relu, dtype):
         results[place] = part
@@ -268,8 +268,7 @@ class MlpFunction(torch.autograd.Function):
         ctx.relu, ctx.dtype = relu, dtype
         ctx.save_for_backward(x, weight1, bias1, weight2, bias2, dw_weight, dw_bias)
         dwconv: Any = None if dw_weight is None else (dw_weight, dw_bias)
-        fc1, fc2 = (weight1, bias1), (weight2, bias2)
-        return mlp(x, fc1, fc2, dwconv, relu, dtype)
+        return mlp(x, (weight1, bias1), (weight2, bias2), dwconv, relu, dtype)
 
     @staticmethod
     @once_differentiable

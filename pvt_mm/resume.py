@@ -32,7 +32,7 @@ from mmengine.runner import IterBasedTrainLoop
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch.utils.data import BatchSampler, Sampler
 
-from .runtime import UserError, read_checkpoint
+from .reading import DataError, UserError, read_checkpoint
 
 #: What a file is called while it is written: a dot, its name, and this.
 PARTIAL = '.partial'
@@ -494,14 +494,20 @@ def clear_errors(work_dir: str | Path) -> Iterator[None]:
             'as the system ends one for want of memory; go on with --resume and, by '
             '--cfg-options, a smaller train_dataloader.num_workers.'
         ) from error
+    except DataError as error:
+        raise UserError(f'{error} Mend that, {_way_on(work_dir)}.') from error
     except OSError as error:
-        note = Path(work_dir) / 'last_checkpoint'
-        way = 'then start it again'
-        if note.is_file():
-            way = f'then go on with --resume: {note.read_text().strip()} is whole'
         raise UserError(
-            f'The training in {work_dir} stopped ({_reason(error)}); mend that, {way}.'
+            f'The training in {work_dir} stopped ({_reason(error)}); '
+            f'mend that, {_way_on(work_dir)}.'
         ) from error
+
+
+def _way_on(work_dir: str | Path) -> str:
+    note = Path(work_dir) / 'last_checkpoint'
+    if not note.is_file():
+        return 'then start it again'
+    return f'then go on with --resume: {note.read_text().strip()} is whole'
 
 
 def _reason(error: OSError) -> str:

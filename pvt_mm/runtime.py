@@ -55,12 +55,12 @@ def setup(cfg: Config | None = None) -> None:
 # Data
 
 
-def _refuse_unsafe_data(node: Any) -> None:
+def _refuse_unsafe_data(cfg: Any) -> None:
     """Refuse what mmseg and mmdet read by a pickle of their own, past mmengine's readers.
 
     Checked in the config, since the reading is done in other processes.
     """
-    if isinstance(node, dict):
+    for node in dicts(cfg):
         if node.get('decode_backend') == 'pickle':
             raise UserError(
                 f"{node.get('type')} with decode_backend='pickle' would run code that an image "
@@ -68,10 +68,6 @@ def _refuse_unsafe_data(node: Any) -> None:
             )
         if 'OpenImagesChallenge' in str(node.get('type')) and node.get('hierarchy_file'):
             _refuse_pickled_array(node.get('data_root') or '', node['hierarchy_file'])
-        node = list(node.values())
-    if isinstance(node, (list, tuple)):
-        for child in node:
-            _refuse_unsafe_data(child)
 
 
 def _refuse_pickled_array(root: str, name: str) -> None:

@@ -1,5 +1,6 @@
 """Fixtures: the generated data set, and the tools run inside this process."""
 
+import copy
 import functools
 import http.server
 import importlib.util
@@ -14,7 +15,7 @@ import torch
 from mmengine.utils import ManagerMixin
 from reference import REPO, SMALL
 
-from pvt_mm import runtime
+from pvt_mm import cli, runtime
 
 #: What makes a demo config small enough for a test, besides its backbone.
 SHORT = """
@@ -81,6 +82,20 @@ def write_config(folder, task, extra=''):
 def small_config(tmp_path):
     """Write a small config: small_config('det') -> its path."""
     return functools.partial(write_config, tmp_path)
+
+
+@pytest.fixture(scope='session')
+def config(tmp_path_factory):
+    """Load each task's small config once: config('det', ROOT) -> a copy with its data there."""
+    folder = tmp_path_factory.mktemp('configs')
+    load = functools.cache(lambda task: cli.load_config(str(write_config(folder, task))))
+
+    def copied(task, root):
+        cfg = copy.deepcopy(load(task))
+        cli.set_data_root(cfg, str(root))
+        return cfg
+
+    return copied
 
 
 def forget_runs(cls):

@@ -1,12 +1,9 @@
 """The check of a data set finds what was planted, file by file, and says what training does."""
 
-import copy
-import functools
 from collections import Counter
 
 import pytest
 from bad_data import CLASSES, COCO, HEIGHT, SEGMENTATION, WIDTH, coco_set, segmentation_set
-from conftest import write_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmengine.registry import DATASETS, init_default_scope
@@ -18,20 +15,6 @@ from pvt_mm.runtime import UserError
 STOPPING, HARMLESS = data_checks.STOPPING, data_checks.HARMLESS
 TRAIN = ['train_dataloader']
 SETS = {'ins': (COCO, coco_set), 'seg': (SEGMENTATION, segmentation_set)}
-
-
-@pytest.fixture(scope='module')
-def config(tmp_path_factory):
-    """Load each task's small config once: config('det', ROOT) -> a copy with its data there."""
-    folder = tmp_path_factory.mktemp('configs')
-    load = functools.cache(lambda task: cli.load_config(str(write_config(folder, task))))
-
-    def copied(task, root):
-        cfg = copy.deepcopy(load(task))
-        cli.set_data_root(cfg, str(root))
-        return cfg
-
-    return copied
 
 
 def found(cfg):

@@ -1,14 +1,12 @@
 """Bad data in a training: the file is named, or skipped and counted; classes are compared first."""
 
-import copy
-import functools
 import json
 import re
 from pathlib import Path
 
 import pytest
 from bad_data import COCO, SEGMENTATION, coco_set, segmentation_set
-from conftest import forget_runs, write_config
+from conftest import forget_runs
 from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 from mmengine.runner import Runner
@@ -23,20 +21,6 @@ from pvt_mm.runtime import UserError
 
 TRAIN_ONLY = ('val_cfg=None', 'val_dataloader=None', 'val_evaluator=None')
 WORKERS = ('train_dataloader.num_workers=2', 'train_dataloader.persistent_workers=True')
-
-
-@pytest.fixture(scope='module')
-def config(tmp_path_factory):
-    """Load each task's small config once: config('det', ROOT) -> a copy with its data there."""
-    folder = tmp_path_factory.mktemp('configs')
-    load = functools.cache(lambda task: cli.load_config(str(write_config(folder, task))))
-
-    def copied(task, root):
-        cfg = copy.deepcopy(load(task))
-        cli.set_data_root(cfg, str(root))
-        return cfg
-
-    return copied
 
 
 def guarded(cfg):
