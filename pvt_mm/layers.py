@@ -204,7 +204,7 @@ class SpatialReductionAttention(nn.Module):
 
     def _pool(self, image: Tensor) -> Tensor:
         if self.sr_mode == 'linear':
-            return F.adaptive_avg_pool2d(image, LINEAR_GRID)
+            return ops.pool_to_grid(image, LINEAR_GRID)
         pool = F.avg_pool2d if self.sr_mode == 'avg' else F.max_pool2d
         return pool(image, self.sr_ratio)
 

@@ -274,6 +274,32 @@ def resize_grid(grid: Tensor, height: int, width: int) -> Tensor:
     return image.permute(0, 2, 3, 1)
 
 
+def pool_to_grid(image: Tensor, side: int) -> Tensor:
+    """Average an image over a grid of ``side`` x ``side`` cells, whatever its size.
+
+    Shape:
+        image: (B, C, H, W) -> (B, C, side, side).
+    """
+    if not is_exporting():
+        return F.adaptive_avg_pool2d(image, side)
+    # ONNX has no such pooling for sizes that are known only when the model runs; as two products
+    # with the cells' weights it has.
+    rows = _cell_weights(image, 2, side)  # (side, H)
+    columns = _cell_weights(image, 3, side)  # (side, W)
+    return rows @ (image @ columns.t())
+
+
+def _cell_weights(image: Tensor, dim: int, side: int) -> Tensor:
+    """Return what each of ``side`` cells takes of each position along a dimension."""
+    length = image.shape[dim]
+    cell = torch.arange(side, device=image.device)[:, None]
+    start = cell * length // side
+    end = ((cell + 1) * length + side - 1) // side
+    position = torch.arange(length, device=image.device)
+    inside = ((position >= start) & (position < end)).to(image.dtype)
+    return inside / (end - start).to(image.dtype)
+
+
 def needs_grad(*tensors: Tensor) -> bool:
     """Whether autograd would record an operation on these."""
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
@@ -282,6 +308,12 @@ def needs_grad(*tensors: Tensor) -> bool:
 def is_tracing() -> bool:
     """Whether torch.compile or torch.export is recording, so that sizes must stay symbolic."""
     return bool(_is_compiling())
+
+
+def is_exporting() -> bool:
+    """Whether torch.export is recording, from PyTorch 2.7 on; before, it is not known."""
+    known = getattr(torch.compiler, 'is_exporting', None)
+    return known is not None and known()
 
 
 def is_autocast(device_type: str) -> bool:
