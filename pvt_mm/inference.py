@@ -61,12 +61,20 @@ class Predictor:
         Raises:
             UserError: Where the file is missing or no image.
         """
+        return self.model.test_step(self.load(image))[0]
+
+    def load(self, image: str | Path) -> dict[str, list]:
+        """Return an image file as the test pipeline gives it, a batch of one.
+
+        Raises:
+            UserError: Where the file is missing or no image.
+        """
         if not Path(image).is_file():
             raise UserError(f'There is no image {image}; check the path.')
         if mmcv.imread(str(image)) is None:
             raise UserError(f'{image} is no image that OpenCV can read; convert it to PNG or JPEG.')
         data = self.pipeline(dict(img_path=str(image), img_id=0))
-        return self.model.test_step({k: [v] for k, v in data.items()})[0]
+        return {k: [v] for k, v in data.items()}
 
     def draw(self, image: str | Path, result: Any, out_file: Path, score_thr: float = 0.3) -> None:
         """Write a picture with a result drawn over its image.
