@@ -30,6 +30,10 @@ OPSET = 20
 #: Largest difference from PyTorch that passes, in standard deviations of an output.
 TOLERANCE = 1e-4
 
+#: What passes besides, of an output's root mean square: 32 roundings of fp32. A class score that is
+#: nearly the same everywhere has a spread not far above these.
+ROUNDING = 2.0**-18
+
 #: Batch, height and width that the numbers are checked at. The graph is recorded at another size;
 #: 7 divides none of the last one's sides, nor those of its pyramid.
 CHECKED = ((1, 224, 224), (2, 160, 256), (2, 165, 237))
@@ -50,6 +54,7 @@ class Difference(NamedTuple):
     output: str
     largest: float
     rms: float
+    allowed: float
 
 
 # What is exported
@@ -113,7 +118,7 @@ class SingleStage(Part):
     )
 
     def named(self, image: Tensor) -> dict[str, Tensor]:
-        """Compute ``cls_score0``, ..., ``bbox_pred0``, ... and, as ATSS's centerness, ``other0``."""
+        """Compute ``cls_score0``, ..., ``bbox_pred0``, ... and a third kind (ATSS), ``other0``."""
         return _by_level('', self.model.bbox_head(self.model.extract_feat(image)))
 
 
@@ -286,10 +291,11 @@ def compare(part: Part, run: Run, images: Iterable[Tensor]) -> list[Difference]:
     for image in images:
         expected = part.named(image.clone())
         for (name, ours), theirs in zip(expected.items(), run(image), strict=True):
-            error, scale = theirs - ours, ours.std()
+            error, scale = theirs - ours, ours.std().clamp(min=1e-12)
             largest = float(error.abs().max() / scale)
             rms = float(error.square().mean().sqrt() / scale)
-            differences.append(Difference(tuple(image.shape), name, largest, rms))
+            allowed = TOLERANCE + ROUNDING * float(ours.square().mean().sqrt() / scale)
+            differences.append(Difference(tuple(image.shape), name, largest, rms, allowed))
     return differences
 
 
@@ -302,7 +308,7 @@ def random_images() -> Iterator[Tensor]:
 
 def agrees(differences: Sequence[Difference]) -> bool:
     """Tell whether all differences are within the tolerance; NaN is not."""
-    return all(difference.largest <= TOLERANCE for difference in differences)
+    return all(difference.largest <= difference.allowed for difference in differences)
 
 
 @torch.inference_mode()

@@ -90,7 +90,10 @@ def print_numbers(differences: Sequence[export.Difference]) -> None:
     sizes = list(dict.fromkeys(d.size for d in differences))
     cells = {(d.output, d.size): f'{d.largest:.1e}' for d in differences}
     names = dict.fromkeys(d.output for d in differences)
-    print(f'Largest difference from PyTorch, of the spread; {export.TOLERANCE:g} passes:')
+    print(
+        f'Largest difference from PyTorch, of the spread; {export.TOLERANCE:g} passes, and '
+        f'{export.ROUNDING:.1g} of the values for rounding:'
+    )
     head = ['output', *('x'.join(map(str, size)) for size in sizes)]
     print_table(head, [[name, *(cells[name, size] for size in sizes)] for name in names])
 
