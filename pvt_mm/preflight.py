@@ -140,7 +140,8 @@ def preflight_lines(facts: Facts, width: int = WIDTH, lines: str = LINES) -> lis
     label = 12
     body: list[str] = []
     for name, text in _rows(facts):
-        for part in textwrap.wrap(_fit(text, inside - label), inside - label) or ['']:
+        room = inside - label
+        for part in textwrap.wrap(_fit(text, room), room, break_on_hyphens=False) or ['']:
             body.append(f'{name:<{label}}{part}')
             name = ''
     warned: list[str] = []
@@ -161,10 +162,12 @@ def preflight_lines(facts: Facts, width: int = WIDTH, lines: str = LINES) -> lis
 def _rows(facts: Facts) -> Iterator[tuple[str, str]]:
     yield 'config', facts.config
     yield 'model', facts.model
-    for name, text in zip(['weights'] + [''] * len(facts.weights), facts.weights or ['none']):
-        yield name, text
-    parts = f'{facts.per_device} a device x {facts.devices} x {facts.accumulation} accumulated'
-    yield 'batch', f'{facts.batch} = {parts}'
+    yield from zip(['weights'] + [''] * len(facts.weights), facts.weights or ['none'])
+    yield (
+        'batch',
+        f'{facts.batch} images to an update: {facts.per_device} a device x {facts.devices} '
+        f'device(s) x {facts.accumulation} iteration(s)',
+    )
     yield 'lr', _rate(facts)
     decay = '' if facts.weight_decay is None else f', weight decay {facts.weight_decay:g}'
     yield 'optimizer', f'{facts.optimizer}{decay}'
@@ -268,14 +271,14 @@ class PreflightHook(Hook):
             written = sum(now[key] != self._before_load[key] for key in rest)
             way = 'resumed' if runner._resume else 'load_from'
             place = 'the rest of the model' if backbones else 'the model'
-            found.append(f'{written} of {len(rest)} tensors of {place}')
+            found.append(f'{place}: loaded {written} of {len(rest)} tensors')
             found.append(f'{way}: {runner._load_from or "the newest checkpoint of the work dir"}')
         return found
 
 
 def _backbone_line(backbone: PyramidBackbone, source: str) -> str:
     """Shorten what a load of a backbone said, and add where the weights are from."""
-    text = backbone.loaded.replace('loaded ', '', 1).rstrip('.').split('; dropped')[0]
+    text = backbone.loaded.rstrip('.').split('; dropped')[0]
     return f'{text}: {source}' if source else text
 
 
@@ -319,8 +322,7 @@ def facts_of(runner: Any, weights: list[str]) -> Facts:
 
 def _versions(model: Any) -> dict[str, int]:
     """Return a number for each tensor that counts how often it was written."""
-    inner = _inner(model)
-    tensors = [*inner.named_parameters(), *inner.named_buffers()]
+    tensors = _inner(model).state_dict(keep_vars=True).items()
     return {k: t._version for k, t in tensors if not k.endswith('num_batches_tracked')}
 
 
