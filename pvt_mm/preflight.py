@@ -134,7 +134,7 @@ def preflight_lines(facts: Facts, width: int = WIDTH, lines: str = LINES) -> lis
         width: Of the box, at most.
         lines: Characters to draw with: ``LINES`` or ``ASCII``.
     """
-    top_left, top_right, left, right, across, down, tee, end_tee = lines
+    top_left, top_right, left, right, across, down, tee, end_tee = tuple(lines)
     title = 'training'
     inside = width - 4
     label = 12

@@ -19,7 +19,7 @@ from .runtime import UserError
 
 INK, MUTED, ACCENT = '#1f2933', '#7b8794', '#1d6fd8'
 COLOURS = (ACCENT, '#d9822b', '#0f7b45', '#a23b8f', '#7b6a3a', '#2aa1b3', '#d64545', '#52606d')
-STYLE = {
+STYLE: Any = {
     'axes.edgecolor': '#cbd2d9',
     'axes.grid': True,
     'axes.labelcolor': MUTED,
@@ -265,6 +265,7 @@ def plot_runs(runs: Sequence[Run], out: str | Path) -> None:
                 plot_curve(axes, run.curve(key), COLOURS[number % len(COLOURS)], key in scores)
             axes.set_title(title)
             axes.set_ylim(0, None)
+            axes.ticklabel_format(axis='y', scilimits=(-2, 5))
         for axes in grid.flat[len(panels) :]:
             axes.set_visible(False)
         for column in range(columns):
