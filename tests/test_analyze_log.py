@@ -89,6 +89,7 @@ def test_real_trainings_in_one_table_picture_and_file(trained, run_tool, tmp_pat
     """A detector and a segmentor: a row each, a picture of pixels in two colours, and a CSV."""
     for task in ('det', 'seg'):
         shutil.copytree(trained(task).work_dir, tmp_path / task)
+    capsys.readouterr()  # of the trainings
     run_tool('analyze_log', tmp_path / 'det', tmp_path / 'seg', '-o', 'a.png', '--csv', 'a.csv')
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith('det ') and 'bbox_mAP' in lines[1]
