@@ -44,30 +44,8 @@ def outcome_of(report, score, target=0.6):
     )
 
 
-def write_scalars(path, key, score):
-    """A log as mmengine writes it: training steps by iteration, evaluations by epoch."""
-    path.parent.mkdir(parents=True)
-    lines = [
-        {'lr': 1e-4, 'loss': 2.0, 'epoch': 1, 'iter': 10, 'step': 10},
-        {'lr': 1e-4, 'loss': 1.0, 'epoch': 1, 'iter': 20, 'step': 20},
-        {key: score / 2, 'step': 1},
-        {'lr': 1e-4, 'loss': 0.5, 'epoch': 2, 'iter': 40, 'step': 40},
-        {key: score, 'step': 2},
-    ]
-    path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
-
-
 def picture_size(path):
     return cv2.imread(str(path)).shape[:2]
-
-
-def test_curves_put_evaluations_at_their_iterations(report, tmp_path):
-    """Losses keep their iteration; a score stands at the iteration before its evaluation."""
-    scalars = tmp_path / 'run' / 'scalars.json'
-    write_scalars(scalars, 'coco/bbox_mAP', 0.8)
-    losses, scores = report.read_curves(scalars, 'coco/bbox_mAP')
-    assert losses == [(10, 2.0), (20, 1.0), (40, 0.5)]
-    assert scores == [(20, 0.4), (40, 0.8)]
 
 
 def test_a_score_below_its_target_fails_the_demo(demo, report):
@@ -94,11 +72,9 @@ def test_the_table_says_what_became_of_each_score(report):
 
 def test_the_page_is_self_contained(report, tmp_path):
     """The page embeds its pictures, refers to nothing outside and escapes its text."""
-    scalars = tmp_path / 'run' / 'scalars.json'
-    write_scalars(scalars, 'coco/bbox_mAP', 0.8)
     outcome = outcome_of(report, 0.3)
     curves = tmp_path / 'curves.png'
-    report.plot_curves(curves, *report.read_curves(scalars, 'coco/bbox_mAP'), outcome)
+    report.plot_curves(curves, [(10, 2.0), (40, 0.5)], [(20, 0.4), (40, 0.8)], outcome)
     assert min(picture_size(curves)) > 300
     page = tmp_path / 'report.html'
     report.write_page(page, [outcome], [('One', 'a < b', [('Loss', curves)])], quick=False)

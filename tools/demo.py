@@ -17,6 +17,7 @@ import demo_report as report
 import torch
 from make_demo_data import make_demo_data
 
+from pvt_mm import run_logs
 from pvt_mm.cli import load_config, main_errors
 from pvt_mm.inference import Predictor
 from pvt_mm.runtime import UserError, setup
@@ -161,8 +162,8 @@ def draw(name, outcome, checkpoint, work_dir, out):
     curves, predictions, features = (
         out / f'{name}_{kind}.png' for kind in ('curves', 'predictions', 'features')
     )
-    scalars = newest(work_dir, '*/vis_data/scalars.json')
-    report.plot_curves(curves, *report.read_curves(scalars, task.key), outcome)
+    run = run_logs.read_run(work_dir)
+    report.plot_curves(curves, run.curve('loss'), run.curve(task.key), outcome)
     predictor = Predictor(load_config(str(ROOT / 'configs' / task.config)), str(checkpoint))
     if name == 'seg':
         images = DATA / 'ade/images/validation'

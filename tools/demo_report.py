@@ -16,21 +16,9 @@ from pycocotools import mask as mask_utils
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
 
-INK, MUTED, ACCENT, TARGET = '#1f2933', '#7b8794', '#1d6fd8', '#d64545'
-STYLE = {
-    'axes.edgecolor': '#cbd2d9',
-    'axes.grid': True,
-    'axes.labelcolor': MUTED,
-    'axes.spines.right': False,
-    'axes.spines.top': False,
-    'axes.titlecolor': INK,
-    'axes.titlesize': 11,
-    'font.size': 9,
-    'grid.color': '#e4e7eb',
-    'savefig.dpi': 130,
-    'xtick.color': MUTED,
-    'ytick.color': MUTED,
-}
+from pvt_mm.run_logs import INK, STYLE, plot_curve
+
+TARGET = '#d64545'
 
 
 @dataclass
@@ -103,32 +91,13 @@ def format_seconds(seconds):
     return f'{minutes}:{rest:02d}'
 
 
-def read_curves(scalars, key):
-    """Reads the losses and scores that a training run logged, one JSON object a line.
-
-    Returns:
-        (iteration, loss) of every logged training step, and (iteration, score) of every evaluation.
-    """
-    losses, scores, last = [], [], 0
-    for line in Path(scalars).read_text().splitlines():
-        entry = json.loads(line)
-        if 'loss' in entry:
-            # Training steps count iterations; an evaluation's own step may count epochs.
-            last = entry['step']
-            losses.append((last, entry['loss']))
-        elif key in entry:
-            scores.append((last, entry[key]))
-    return losses, scores
-
-
 def plot_curves(out, losses, scores, outcome):
     """Draws loss and score over the training iterations, with the target and the final test."""
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.1), layout='constrained')
-        left.plot(*zip(*losses), color=ACCENT, linewidth=1.8)
+        plot_curve(left, losses)
         left.set(title='Training loss', xlabel='iteration', ylim=(0, None))
-        if scores:
-            right.plot(*zip(*scores), color=ACCENT, linewidth=1.8, marker='o', markersize=4)
+        plot_curve(right, scores, marked=True)
         right.axhline(outcome.target, color=TARGET, linewidth=1.2, linestyle='--')
         right.annotate(
             f'target {outcome.target:g}',
