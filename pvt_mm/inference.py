@@ -142,10 +142,10 @@ def read_pixels(image: str | Path) -> np.ndarray:
     """
     if not Path(image).is_file():
         raise UserError(f'There is no image {image}; check the path.')
-    pixels = mmcv.imread(str(image), channel_order='rgb')
+    pixels = mmcv.imread(str(image))
     if pixels is None:
         raise UserError(f'{image} is no image that OpenCV can read; convert it to PNG or JPEG.')
-    return pixels
+    return mmcv.bgr2rgb(pixels)
 
 
 def _rle(mask: np.ndarray) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from mmcv.transforms import Compose
 from mmengine.config import Config
-from mmengine.registry import DATASETS
+from mmengine.registry import DATASETS, init_default_scope
 
 from .attention_maps import (
     StageTrace,
@@ -322,7 +322,10 @@ def plot_predictions(
     large = cv2.resize(pixels, None, fx=factor, fy=factor, interpolation=cv2.INTER_LINEAR)
     pictures = {'image': large}
     if truth is not None:
-        pictures['ground truth'] = _drawn(predictor, large, _enlarged(truth, factor, 'gt'), 'gt')
+        annotated = _enlarged(truth, factor, 'gt')
+        if 'masks' in annotated.get('gt_instances', ()) and 'masks' not in result.pred_instances:
+            del annotated.gt_instances.masks  # the model finds boxes alone
+        pictures['ground truth'] = _drawn(predictor, large, annotated, 'gt')
     options = {'pred_score_thr': score_thr} if predictor.task == 'mmdet' else {}
     title = f'prediction, scores from {score_thr:g}' if options else 'prediction'
     found = _enlarged(result, factor, 'pred')
@@ -382,6 +385,7 @@ def find_truth(cfg: Config, image: str | Path, ann_file: str | None = None) -> A
     Raises:
         UserError: Where ``ann_file`` cannot be used, or does not list the image.
     """
+    init_default_scope(cfg.default_scope)
     height, width = read_pixels(image).shape[:2]
     for data in _sources(cfg, ann_file):
         dataset = DATASETS.build(dict(data, lazy_init=True, pipeline=[]))

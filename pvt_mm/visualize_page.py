@@ -120,7 +120,8 @@ img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
   color: var(--ink); }
 #shown { min-height: 2.9em; margin: 0 0 6px; }
 #scale { display: flex; align-items: center; gap: 8px; font-size: .85rem; color: var(--soft); }
-#scale canvas { flex: 1; min-width: 60px; height: 12px; border-radius: 3px; }
+#scale canvas { flex: 1; min-width: 60px; height: 12px; border-radius: 3px;
+  background: #777; }
 .stage { border: 0; margin: 0; padding: 0; min-width: 0; }
 .stage + .stage { margin-top: 14px; }
 .stage legend { padding: 0; font-weight: 600; margin-bottom: 4px; }
@@ -209,6 +210,7 @@ function drawMap(canvas, stage, weights, marked) {
   });
   small.getContext('2d').putImageData(pixels, 0, 0);
   const down = stage.extent[0] * height, across = stage.extent[1] * width;
+  context.imageSmoothingQuality = 'high';
   context.drawImage(small, 0, 0, across, down);
   mark(context, stage, width, height, marked);
   return peak;
@@ -231,7 +233,7 @@ function mark(context, stage, width, height, cross) {
   }
 }
 
-const percent = share => `${(100 * share).toFixed(share < 0.1 ? 2 : 1)} %`;
+const percent = share => `${(100 * share).toFixed(share < 0.1 ? 2 : 1)}%`;
 
 function draw() {
   for (const thumb of thumbs) {
