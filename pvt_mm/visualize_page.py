@@ -292,7 +292,7 @@ function addStage(stage, i) {
   const set = document.createElement('fieldset');
   set.className = 'stage';
   const [rows, columns] = stage.keys, [down, across] = stage.grid;
-  const thinned = stage.step > 1 ? `, of which every ${stage.step}th a side can ask` : '';
+  const thinned = stage.step > 1 ? `, ${stage.asked[1]} x ${stage.asked[0]} of them can ask` : '';
   set.innerHTML = `<legend>Stage ${i + 1} <span>${across} x ${down} tokens${thinned}; `
     + `${columns} x ${rows} keys</span></legend><div class="maps"></div>`;
   for (let head = -1; head < (stage.heads > 1 ? stage.heads : 0); head++) {
