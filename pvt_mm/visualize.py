@@ -261,7 +261,7 @@ def plot_attention(view: View, point: Point, out_file: Path) -> None:
         token = stage.token_at(x, y)
         (heads,) = stage.attention([token])
         title = f'stage {i + 1}\n{heads.shape[2]} x {heads.shape[1]} keys'
-        maps = {'mean': heads.mean(0)}
+        maps = {'mean': heads.mean(0)} if len(heads) > 1 else {}
         maps |= {f'head {k + 1}': head for k, head in enumerate(heads)}
         _show(axes[i, 0], pixels, title)
         _mark(axes[i, 0], stage, token, (x, y), pixels.shape)
@@ -327,7 +327,7 @@ def plot_predictions(
             del annotated.gt_instances.masks  # the model finds boxes alone
         pictures['ground truth'] = _drawn(predictor, large, annotated, 'gt')
     options = {'pred_score_thr': score_thr} if predictor.task == 'mmdet' else {}
-    title = f'prediction, scores from {score_thr:g}' if options else 'prediction'
+    title = f'prediction, scores from {score_thr:.0%}' if options else 'prediction'
     found = _enlarged(result, factor, 'pred')
     pictures[title] = _drawn(predictor, large, found, 'pred', **options)
     figure, axes = _panels(1, len(pictures), pixels.shape, 4.2)
