@@ -13,6 +13,8 @@ import numpy as np
 from matplotlib.patches import Rectangle
 from pycocotools import mask as mask_utils
 
+from pvt_mm.visualize import principal_colours
+
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
 
@@ -274,22 +276,6 @@ def plot_segments(out, predictor, images, labels, count=6):
     plot_grid(out, draw, len(paths), columns=3, blocks=2)
 
 
-def principal_colours(feature):
-    """Returns a (C, H, W) feature's three principal components as an (H, W, 3) image in 0..1."""
-    channels, height, width = feature.shape
-    tokens = feature.reshape(channels, -1).T.astype(np.float64)
-    tokens = tokens - tokens.mean(0)
-    _, _, directions = np.linalg.svd(tokens, full_matrices=False)
-    parts = min(3, len(directions))
-    components = np.zeros((height * width, 3))
-    # A direction's sign is arbitrary: the largest weight is made positive.
-    for i, direction in enumerate(directions[:parts]):
-        components[:, i] = tokens @ (direction * np.sign(direction[np.abs(direction).argmax()]))
-    low, high = np.percentile(components, (2, 98), axis=0)
-    spread = np.where(high > low, high - low, 1.0)
-    return np.clip((components - low) / spread, 0, 1).reshape(height, width, 3)
-
-
 def plot_features(out, image, features):
     """Draws an image and the principal components of its stage features as colours."""
     with plt.rc_context({**STYLE, 'axes.grid': False}):
@@ -299,7 +285,7 @@ def plot_features(out, image, features):
         show_picture(grid[0], image, 'image')
         for i, feature in enumerate(features):
             axes = grid[i + 1]
-            axes.imshow(principal_colours(feature), interpolation='nearest')
+            axes.imshow(principal_colours(feature.transpose(1, 2, 0)), interpolation='nearest')
             axes.set_axis_off()
             channels, height, width = feature.shape
             axes.set_title(f'stage {i + 1}: {channels} x {height} x {width}', fontsize=9, color=INK)
