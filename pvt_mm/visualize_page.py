@@ -28,13 +28,13 @@ def write_page(view: View, point: Point, pictures: Mapping[str, Path], out_file:
     Args:
         view: The image and its stages.
         point: Column and row of the pixel shown first.
-        pictures: Headings, and PNG files shown below.
+        pictures: Headings, and the picture files shown below.
         out_file: The HTML file.
     """
     height, width = view.pixels.shape[:2]
     pixels = cv2.cvtColor(resize_to_side(view.pixels, PAGE_SIDE), cv2.COLOR_RGB2BGR)
     data = {
-        'image': _data_uri(cv2.imencode('.jpg', pixels, [cv2.IMWRITE_JPEG_QUALITY, 88])[1], 'jpeg'),
+        'image': _data_uri(pixels),
         'width': width,
         'height': height,
         'point': point,
@@ -43,7 +43,7 @@ def write_page(view: View, point: Point, pictures: Mapping[str, Path], out_file:
     }
     sections = ''.join(
         f'<section><h2>{html.escape(title)}</h2>'
-        f'<img alt="{html.escape(title)}" src="{_data_uri(file.read_bytes(), "png")}"></section>'
+        f'<img alt="{html.escape(title)}" src="{_data_uri(cv2.imread(str(file)))}"></section>'
         for title, file in pictures.items()
     )
     page = TEMPLATE.replace('NAME', html.escape(view.name)).replace('SECTIONS', sections)
@@ -86,12 +86,14 @@ def query_step(rows: int, columns: int, size: int, limit: int) -> int:
     )
 
 
-def _base64(array: np.ndarray | bytes) -> str:
+def _base64(array: np.ndarray) -> str:
     return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode('ascii')
 
 
-def _data_uri(content: np.ndarray | bytes, kind: str) -> str:
-    return f'data:image/{kind};base64,{base64.b64encode(bytes(content)).decode("ascii")}'
+def _data_uri(pixels: np.ndarray) -> str:
+    """Return a BGR image as a JPEG in a URI; PNGs of photographs would be too large."""
+    content = cv2.imencode('.jpg', pixels, [cv2.IMWRITE_JPEG_QUALITY, 90])[1]
+    return f'data:image/jpeg;base64,{_base64(content)}'
 
 
 TEMPLATE = """<!doctype html>
