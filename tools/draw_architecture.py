@@ -1,4 +1,4 @@
-"""Draws how a PVT works: tokens, keys and what the attention costs, stage by stage.
+"""Draw how a PVT works: tokens, keys and what the attention costs, stage by stage.
 
 Shapes are those of the real models, run on PyTorch's meta device, so nothing is computed.
 
