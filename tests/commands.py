@@ -2,17 +2,19 @@
 
 import argparse
 import contextlib
+import functools
 import io
 import re
 import shlex
 import sys
 from unittest import mock
 
-from conftest import load_tool
+import conftest
 from reference import REPO
 
 from pvt_mm import configs
 
+load_tool = functools.cache(conftest.load_tool)
 #: What a launcher's arguments are to the tool that it starts: how many come before them, and those
 #: that it hands on.
 LAUNCHERS = {

@@ -392,21 +392,53 @@ def test_links_lead_somewhere(page):
             assert anchor in anchors(target), f'{link}: there is no such heading'
 
 
-def test_site_builds_without_the_network(tmp_path, monkeypatch, capfd):
-    """The site builds under --strict with every page in it, and loads nothing from elsewhere."""
+@pytest.fixture(scope='module')
+def site(tmp_path_factory):
+    """The site, built under --strict."""
     pytest.importorskip('material')
     pytest.importorskip('mkdocstrings')
     from mkdocs.commands.build import build
     from mkdocs.config import load_config
 
-    monkeypatch.chdir(REPO)
-    monkeypatch.setenv('NO_MKDOCS_2_WARNING', '1')
-    cfg = load_config(str(REPO / 'mkdocs.yml'), site_dir=str(tmp_path / 'site'), strict=True)
-    cfg.plugins.on_startup(command='build', dirty=False)
-    build(cfg)
-    built = {file.stem for file in (tmp_path / 'site').glob('*.html')}
+    folder = tmp_path_factory.mktemp('site')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(REPO)
+        cfg = load_config(str(REPO / 'mkdocs.yml'), site_dir=str(folder), strict=True)
+        cfg.plugins.on_startup(command='build', dirty=False)
+        build(cfg)
+    return folder
+
+
+def test_site_loads_nothing_from_elsewhere(site):
+    """Every page is in the site, and none names a script, style or picture of another place."""
+    built = {file.stem for file in site.glob('*.html')}
     assert {page.stem for page in PAGES[1:]} <= built
-    for page in (tmp_path / 'site').glob('*.html'):
+    for page in site.glob('*.html'):
         loaded = re.findall(r'<(?:script|img|iframe)[^>]+src="?([^">\s]+)', page.read_text())
         loaded += re.findall(r'<link[^>]+rel="?stylesheet[^>]+href="?([^">\s]+)', page.read_text())
         assert loaded and not [place for place in loaded if re.match(r'(https?:)?//', place)]
+
+
+@pytest.mark.skipif(shutil.which('chromium') is None, reason='there is no Chromium')
+def test_site_works_in_a_browser_without_the_network(site):
+    """Pages opened as files ask for nothing elsewhere, log no error, and can be searched."""
+    sync_api = pytest.importorskip('playwright.sync_api')
+    complaints, asked = [], []
+    with sync_api.sync_playwright() as play:
+        chromium = play.chromium.launch(
+            executable_path=shutil.which('chromium'), args=['--no-sandbox']
+        )
+        page = chromium.new_page(viewport={'width': 1280, 'height': 900})
+        page.on('console', lambda message: complaints.append(message.text))
+        page.on('pageerror', lambda error: complaints.append(str(error)))
+        page.on('request', lambda request: asked.append(request.url))
+        for name in ('index', 'how_pvt_works', 'troubleshooting', 'api'):
+            page.goto(f'file://{site}/{name}.html')
+            assert page.evaluate('document.documentElement.scrollWidth') <= 1280, (
+                'nothing sticks out'
+            )
+        page.fill('.md-search__input', 'bfloat16')
+        page.wait_for_selector('.md-search-result__item', timeout=10_000)
+        chromium.close()
+    assert not complaints
+    assert not [url for url in asked if not url.startswith(('file:', 'data:'))]

@@ -3,7 +3,7 @@
 Shapes are those of the real models, run on PyTorch's meta device, so nothing is computed.
 
 Example:
-    python tools/draw_architecture.py --arch b2 --out docs/images/architecture.png
+    python tools/draw_architecture.py --arch b2 --out architecture.png
 """
 
 import argparse
