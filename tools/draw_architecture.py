@@ -55,7 +55,7 @@ def stage_shapes(arch: str, height: int, width: int) -> list[StageShape]:
 def draw_grid(axes, cells: tuple[int, int], colour: str) -> None:
     """Draw a grid over the unit square, one cell a token."""
     rows, columns = cells
-    style = dict(color=colour, linewidth=0.35 if rows > 30 else 0.8, alpha=0.9)
+    style = dict(color=colour, linewidth=0.3 if rows > 30 else 0.8, alpha=0.9)
     axes.hlines([i / rows for i in range(rows + 1)], 0, 1, **style)
     axes.vlines([i / columns for i in range(columns + 1)], 0, 1, **style)
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect='equal')
@@ -82,7 +82,7 @@ def draw_stage(axes, index: int, shape: StageShape) -> None:
         fontsize=10.5,
         color=INK,
     )
-    title = f'{shape.keys[0]} x {shape.keys[1]} keys, {made_from(shape)}'
+    title = f'{shape.keys[0]} x {shape.keys[1]} keys\n{made_from(shape)}'
     below.set_title(title, fontsize=9.5, color=INK)
     heads = f'{shape.heads} head{"s" if shape.heads > 1 else ""}'
     below.text(0.5, -0.06, heads, ha='center', va='top', fontsize=9.5, color=INK)
@@ -140,7 +140,7 @@ def draw(arch: str, file: Path) -> None:
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
 
-    figure = plt.figure(figsize=(9.6, 9.2), layout='constrained')
+    figure = plt.figure(figsize=(7.8, 8.2), layout='constrained')
     stages, cost = figure.subfigures(2, 1, height_ratios=(2.1, 1.15), hspace=0.03)
     panels = stages.subplots(2, 4)
     for index, shape in enumerate(stage_shapes(arch, SIDE, SIDE)):
@@ -154,7 +154,7 @@ def draw(arch: str, file: Path) -> None:
     )
     draw_cost(cost.subplots())
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=130)
+    figure.savefig(file, dpi=160)
     plt.close(figure)
 
 
