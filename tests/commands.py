@@ -28,7 +28,17 @@ LAUNCHERS = {
 }
 PYTHON = re.compile(r'(\.venv/bin/)?python(3(\.\d+)?)?')
 VARIABLE = re.compile(r'[A-Z_]+=')
-FIRST_WORDS = ('python', '.venv/bin/python', 'bash', 'make', 'pip', 'pip-audit', 'mim', '. ')
+FIRST_WORDS = (
+    'python',
+    '.venv/bin/python',
+    'bash',
+    'make',
+    'pip',
+    'pip-audit',
+    'mim',
+    'tensorboard',
+    '. ',
+)
 #: Folders whose files are in the repository.
 KEPT = ('configs/', 'tools/', 'tests/', 'requirements/', 'pvt_mm/')
 
@@ -123,7 +133,9 @@ def check(words, made=()):
     elif first == 'pip':
         check_pip(rest)
     else:
-        assert first in ('.', 'pip-audit', 'mim'), f'{first} is a command that no test knows'
+        assert first in ('.', 'pip-audit', 'mim', 'tensorboard'), (
+            f'{first} is a command that no test knows'
+        )
     for word in rest:
         check_place(word, made)
 

@@ -23,6 +23,7 @@ from pvt_mm import cli
 
 PAGES = [REPO / 'README.md', *sorted((REPO / 'docs').glob('*.md'))]
 #: What a marker may say that a block needs, so that it is not run here: <!-- needs: COCO, GPU -->
+#: Another form names the test that runs it: <!-- run by: tests/test_tools.py -->
 NEEDS = {'COCO', 'ADE20K', 'ImageNet', 'GPU', 'network', 'slurm', 'minutes', 'checkpoint'}
 #: Tools whose commands are run here, and what makes them small.
 RUN_HERE = {
@@ -67,7 +68,7 @@ def read_blocks(page):
         start, line = i, lines[i]
         fence = re.match(r'``` ?(\w*)(?:.*title="(.+)")?', line)
         i += 1
-        if marker := re.fullmatch(r'<!-- needs: (.+) -->', line):
+        if marker := re.fullmatch(r'<!-- (?:needs|run by): (.+) -->', line):
             needs = frozenset(marker[1].split(', '))
             continue
         if fence:
@@ -137,7 +138,12 @@ def test_blocks_are_found():
 def test_block_is_of_a_known_kind(block):
     """A block says what it is, and a marker says something that is known."""
     assert block.kind in ('bash', 'python', 'text'), 'say ```bash, ```python or ```text'
-    assert block.needs <= NEEDS, f'a marker may say {", ".join(sorted(NEEDS))}'
+    tests = {need for need in block.needs if need.startswith('tests/')}
+    assert block.needs - tests <= NEEDS, f'a marker may say {", ".join(sorted(NEEDS))}'
+    for test in tests:
+        text = (REPO / test).read_text()
+        for tool in re.findall(r'tools/(\w+)\.', block.text):
+            assert tool in text, f'{test} does not run tools/{tool}'
 
 
 @pytest.mark.parametrize('block', COMMANDS, ids=str)
