@@ -122,7 +122,7 @@ class Predictor:
         ]
 
     def summary(self, report: dict[str, Any]) -> str:
-        """Return one line on what :meth:`as_json` found."""
+        """Return one line on what ``as_json`` found."""
         if self.task == 'mmdet':
             names = [found['class'] for found in report['objects']]
             counts = {name: names.count(name) for name in dict.fromkeys(names)}

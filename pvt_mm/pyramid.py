@@ -110,7 +110,7 @@ class PyramidBackbone(BaseModule):
     """Four stages, each at half the resolution of the one before, at strides 4, 8, 16 and 32.
 
     Subclasses build the stages. Loading converts published checkpoints, see
-    :mod:`pvt_mm.checkpoint`.
+    ``pvt_mm.checkpoint``.
 
     Args:
         stages: The stages that are needed, from the first on.

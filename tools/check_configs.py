@@ -1,4 +1,4 @@
-"""Trains every recipe for a few iterations, evaluates it and loads its checkpoint again.
+"""Train every recipe for a few iterations, evaluate it and load its checkpoint again.
 
 The images are those of tools/make_demo_data.py. A recipe keeps its model, losses, optimiser and
 augmentation; data (a few images of five classes), image sizes, batch and schedule shrink, published

@@ -1,4 +1,4 @@
-"""Trains and tests a detector and a segmentor for long and watches their memory (on Linux).
+"""Train and test a detector and a segmentor for long and watch their memory (on Linux).
 
 The demo's models run on generated images, with a data loader's worker that lives as long as they
 do. After a warm-up of a fifth, the resident memory of the process and of its workers must stay

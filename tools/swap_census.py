@@ -1,4 +1,4 @@
-"""Swaps a PVT into every config of the installed mmdet and mmseg, and counts what came of it.
+"""Swap a PVT into every config of the installed mmdet and mmseg, and count what came of it.
 
 Each config is loaded, swapped, written, and read back. Each distinct model is then built once with
 random weights, and the loss of two small images is carried back to PVT's first convolution. Nothing
