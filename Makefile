@@ -13,7 +13,7 @@ endif
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed-$(STACK)
 
-.PHONY: help install demo demo-all test lint clean
+.PHONY: help install demo demo-all test lint docs clean
 
 help:
 	@echo 'make install    set up $(VENV): PyTorch, mmcv with its compiled ops, mmdet, mmseg, pvt_mm'
@@ -21,6 +21,7 @@ help:
 	@echo 'make demo-all   the same for detection, instance and semantic segmentation'
 	@echo 'make test       run the tests'
 	@echo 'make lint       run ruff and mypy'
+	@echo 'make docs       build the documentation as a site that reads offline: site/index.html'
 	@echo 'make clean      remove caches, build products and what the demo wrote; the venv stays'
 	@echo
 	@echo 'Variables: STACK=openmmlab|onedl  PYTHON=$(PYTHON)  VENV=$(VENV)  JOBS=$(JOBS)  QUICK=1 (demo)'
@@ -45,6 +46,10 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy pvt_mm
 
+# Without the variable, Material prints that it will be succeeded by another tool.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis data/demo work_dirs/demo
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis data/demo work_dirs/demo
 	find configs pvt_mm tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

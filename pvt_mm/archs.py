@@ -1,7 +1,7 @@
 """The published architectures, and how custom ones are checked.
 
-Papers: `PVT <https://arxiv.org/abs/2102.12122>`_, Table 1; `PVTv2
-<https://arxiv.org/abs/2106.13797>`_, Table 1.
+Papers: [PVT](https://arxiv.org/abs/2102.12122), Table 1;
+[PVTv2](https://arxiv.org/abs/2106.13797), Table 1.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ def backbone_tensors(
     """Join atoms into a backbone's own tensors; position embeddings are resized to the target's.
 
     Args:
-        atoms: As :func:`to_atoms` gives them.
+        atoms: As ``to_atoms`` gives them.
         target: The backbone's state dict; only names and shapes are read.
 
     Returns:
@@ -235,7 +235,7 @@ def convert_checkpoint(
 def bare_backbone(state_dict: Mapping[str, Any], arch: str | None = None) -> dict[str, Tensor]:
     """Convert a backbone's or classifier's weights to pvt_mm's format, without the classifier.
 
-    Arguments and errors are those of :func:`convert_checkpoint`.
+    Arguments and errors are those of ``convert_checkpoint``.
     """
     converted = convert_checkpoint(state_dict, 'pvt_mm', arch)
     return {

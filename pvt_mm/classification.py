@@ -19,7 +19,7 @@ from .pyramid import Stage
 class ClassTokenStage(Stage):
     """PVT's last stage with a class token, whose final state it returns in place of a map.
 
-    Paper: `PVT <https://arxiv.org/abs/2102.12122>`_, Sec. 4.1.
+    Paper: [PVT](https://arxiv.org/abs/2102.12122), Sec. 4.1.
 
     Args:
         patch_embed: Makes the tokens.
@@ -76,7 +76,7 @@ class PVTHead(BaseModule):
 
     It stands in mmpretrain's ``ImageClassifier`` behind a backbone, without a neck: it takes PVT's
     class token as it comes and averages a map of PVTv2's. It needs no mmpretrain itself, but that
-    nobody asks it to :meth:`predict` without data samples.
+    nobody asks it to ``predict`` without data samples.
 
     Args:
         num_classes: Classes to tell apart.

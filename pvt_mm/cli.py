@@ -322,6 +322,22 @@ def add_checkpoint_hook(cfg: Config, whole: bool = False) -> None:
     cfg.custom_hooks = [*others, dict(type='PVTCheckpointHook', whole=whole)]
 
 
+def add_tensorboard(cfg: Config) -> None:
+    """Have mmengine's visualiser write the scalars of a config's training for TensorBoard too.
+
+    Raises:
+        UserError: Where tensorboard is not installed.
+    """
+    if find_spec('tensorboard') is None:
+        raise UserError('--tensorboard needs a package: pip install tensorboard.')
+    visualizer = cfg.get('visualizer') or ConfigDict(type='Visualizer')
+    backends = list(visualizer.get('vis_backends') or [dict(type='LocalVisBackend')])
+    if not any(backend['type'] == 'TensorboardVisBackend' for backend in backends):
+        backends.append(dict(type='TensorboardVisBackend'))
+    visualizer['vis_backends'] = backends
+    cfg.visualizer = visualizer
+
+
 def add_hook(cfg: Config, kind: str) -> None:
     """Add a hook to a config that has none of its type."""
     hooks = list(cfg.get('custom_hooks') or [])
@@ -435,6 +451,12 @@ def _flip_pipeline(data: ConfigDict) -> list[dict]:
     pack = dict(type=pack['type'], meta_keys=(*meta, 'flip', 'flip_direction'))
     flips = [dict(type='RandomFlip', prob=1.0), dict(type='RandomFlip', prob=0.0)]
     return [*transforms, dict(type='TestTimeAug', transforms=[flips, [pack]])]
+
+
+def text_table(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows of cells as lines of text with even columns."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return '\n'.join('  '.join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def unique_names(paths: Sequence[str]) -> list[str]:

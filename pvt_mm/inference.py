@@ -69,10 +69,7 @@ class Predictor:
         Raises:
             UserError: Where the file is missing or no image.
         """
-        if not Path(image).is_file():
-            raise UserError(f'There is no image {image}; check the path.')
-        if mmcv.imread(str(image)) is None:
-            raise UserError(f'{image} is no image that OpenCV can read; convert it to PNG or JPEG.')
+        read_pixels(image)
         data = self.pipeline(dict(img_path=str(image), img_id=0))
         return {k: [v] for k, v in data.items()}
 
@@ -85,7 +82,7 @@ class Predictor:
             out_file: The picture to write; its folder exists.
             score_thr: Least score of boxes drawn.
         """
-        pixels = mmcv.imread(str(image), channel_order='rgb')
+        pixels = read_pixels(image)
         options = {'pred_score_thr': score_thr} if self.task == 'mmdet' else {}
         self.visualizer.add_datasample(
             Path(image).stem, pixels, result.cpu(), draw_gt=False, out_file=str(out_file), **options
@@ -133,7 +130,7 @@ class Predictor:
         ]
 
     def summary(self, report: dict[str, Any]) -> str:
-        """Return one line on what :meth:`as_json` found."""
+        """Return one line on what ``as_json`` found."""
         if self.task == 'mmdet':
             names = [found['class'] for found in report['objects']]
             counts = {name: names.count(name) for name in dict.fromkeys(names)}
@@ -143,6 +140,20 @@ class Predictor:
             f'{segment["class"]} {segment["pixels"] / total:.0%}'
             for segment in report['segments'][:5]
         )
+
+
+def read_pixels(image: str | Path) -> np.ndarray:
+    """Read an image file as RGB.
+
+    Raises:
+        UserError: Where it is missing or no image.
+    """
+    if not Path(image).is_file():
+        raise UserError(f'There is no image {image}; check the path.')
+    pixels = mmcv.imread(str(image))
+    if pixels is None:
+        raise UserError(f'{image} is no image that OpenCV can read; convert it to PNG or JPEG.')
+    return mmcv.bgr2rgb(pixels)
 
 
 def _rle(mask: np.ndarray) -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""CPU kernels behind :mod:`pvt_mm.ops`: products by oneDNN, in pieces that stay in the cache.
+"""CPU kernels behind ``pvt_mm.ops``: products by oneDNN, in pieces that stay in the cache.
 
 PyTorch's own forms write whole hidden layers and attention matrices to memory and read them back;
 at detection sizes that costs more than the arithmetic. These kernels make a piece, use it and
 forget it. In training they keep the inputs and make the pieces again in the backward pass.
 
-Each has a plain twin in :mod:`pvt_mm.ops` with the same result.
+Each has a plain twin in ``pvt_mm.ops`` with the same result.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ GELU: tuple = ('gelu', [], 'none')  # the exact form, no approximation
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
-    """Multiply by a weight as :func:`torch.nn.functional.linear` does, without autograd.
+    """Multiply by a weight as ``torch.nn.functional.linear`` does, without autograd.
 
     Args:
         x: Tokens.
@@ -95,7 +95,7 @@ def weight_grad(grad: Tensor, x: Tensor) -> Tensor:
 
 
 class LinearFunction(torch.autograd.Function):
-    """:func:`pvt_mm.ops.linear` with its backward pass in oneDNN too."""
+    """``pvt_mm.ops.linear`` with its backward pass in oneDNN too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
@@ -135,7 +135,7 @@ def _cast(layer: Layer, dtype: torch.dtype) -> Layer:
 def mlp(
     x: Tensor, fc1: Layer, fc2: Layer, dwconv: Layer | None, relu: bool, dtype: torch.dtype
 ) -> Tensor:
-    """Run :func:`pvt_mm.ops.mlp` without autograd, computing in ``dtype``.
+    """Run ``pvt_mm.ops.mlp`` without autograd, computing in ``dtype``.
 
     Shape:
         x: (B, H, W, C) -> (B, H, W, C) of ``dtype``.
@@ -249,7 +249,7 @@ def _depthwise_gelu(x: Tensor, dwconv: Layer) -> Tensor:
 
 
 class MlpFunction(torch.autograd.Function):
-    """:func:`pvt_mm.ops.mlp` that keeps only its input."""
+    """``pvt_mm.ops.mlp`` that keeps only its input."""
 
     @staticmethod
     def forward(
@@ -379,7 +379,7 @@ def projected_attention(
     num_heads: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Run :func:`pvt_mm.ops.projected_attention` without autograd, some tokens at a time.
+    """Run ``pvt_mm.ops.projected_attention`` without autograd, some tokens at a time.
 
     Args:
         x: Tokens that the queries come from.
@@ -438,7 +438,7 @@ def _attend(queries: Tensor, heads: list[Head], out: Tensor) -> None:
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
-    """Run :func:`pvt_mm.ops.attention` without autograd, some queries of one head at a time.
+    """Run ``pvt_mm.ops.attention`` without autograd, some queries of one head at a time.
 
     Shape:
         query: (B, N, C); key and value: (B, M, C) -> (B, N, C).
@@ -472,7 +472,7 @@ def _heads(num_heads: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 class AttentionFunction(torch.autograd.Function):
-    """:func:`pvt_mm.ops.attention` that never holds the query x key matrix whole."""
+    """``pvt_mm.ops.attention`` that never holds the query x key matrix whole."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:

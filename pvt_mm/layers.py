@@ -22,10 +22,10 @@ LINEAR_GRID = 7
 
 
 def init_parameters(module: nn.Module) -> None:
-    """Draw one layer's parameters as the reference does; for use with :meth:`nn.Module.apply`.
+    """Draw one layer's parameters as the reference does; for use with ``nn.Module.apply``.
 
     Linear: truncated normal of std 0.02, bias 0. LayerNorm: 1 and 0. The convolutions of a
-    :class:`PatchEmbed`, attention or MLP decide for themselves through ``fan_out_init``.
+    ``PatchEmbed``, attention or MLP decide for themselves through ``fan_out_init``.
     """
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
@@ -50,7 +50,7 @@ class FanOutConv2d(nn.Conv2d):
 class DropPath(nn.Module):
     """Drop a residual branch for some samples of the batch while training.
 
-    Paper: `Deep Networks with Stochastic Depth <https://arxiv.org/abs/1603.09382>`_.
+    Paper: [Deep Networks with Stochastic Depth](https://arxiv.org/abs/1603.09382).
 
     Args:
         rate: Chance in [0, 1) that a sample skips the branch; the others are scaled up by
@@ -86,8 +86,8 @@ class PatchEmbed(nn.Module):
     """Turn patches of an image or feature map into normalised tokens.
 
     Patches touch each other in v1 (kernel = stride) and overlap in v2 (kernel = 2 stride - 1).
-    Paper: `PVT <https://arxiv.org/abs/2102.12122>`_, Sec. 3.2; `PVTv2
-    <https://arxiv.org/abs/2106.13797>`_, Sec. 3.2.
+    Paper: [PVT](https://arxiv.org/abs/2102.12122), Sec. 3.2;
+    [PVTv2](https://arxiv.org/abs/2106.13797), Sec. 3.2.
 
     Args:
         in_channels: Channels of the input.
@@ -124,8 +124,8 @@ class PatchEmbed(nn.Module):
 class SpatialReductionAttention(nn.Module):
     """Multi-head attention whose keys and values come from a coarser grid than the queries.
 
-    Paper: `PVT <https://arxiv.org/abs/2102.12122>`_, Sec. 3.3; linear attention: `PVTv2
-    <https://arxiv.org/abs/2106.13797>`_, Sec. 3.1.
+    Paper: [PVT](https://arxiv.org/abs/2102.12122), Sec. 3.3; linear attention:
+    [PVTv2](https://arxiv.org/abs/2106.13797), Sec. 3.1.
 
     Args:
         dim: Width of a token.
@@ -234,7 +234,7 @@ class SpatialReductionAttention(nn.Module):
 class Mlp(nn.Module):
     """The feed-forward half of a block; in v2 with a depth-wise 3x3 convolution inside.
 
-    Paper: `PVTv2 <https://arxiv.org/abs/2106.13797>`_, Sec. 3.3.
+    Paper: [PVTv2](https://arxiv.org/abs/2106.13797), Sec. 3.3.
 
     Args:
         dim: Width of a token.

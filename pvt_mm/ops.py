@@ -1,7 +1,7 @@
 """The hot operations of PVT as plain functions on tensors: linear, mlp, attention.
 
-Each takes one of two roads by a static rule, :func:`on_cpu_kernels`: the kernels of
-:mod:`pvt_mm.kernels`, or PyTorch's plain operations, as GPUs, compilers and other dtypes do.
+Each takes one of two roads by a static rule, ``on_cpu_kernels``: the kernels of
+``pvt_mm.kernels``, or PyTorch's plain operations, as GPUs, compilers and other dtypes do.
 
 Tokens are (B, H, W, C). A channels-last image is a view of such tokens, so that convolutions on
 them need no transpose.
@@ -65,7 +65,7 @@ def mlp(
 ) -> Tensor:
     """Run a two-layer perceptron, with a depth-wise 3x3 convolution between the layers in v2.
 
-    Paper: `PVTv2 <https://arxiv.org/abs/2106.13797>`_, Sec. 3.3.
+    Paper: [PVTv2](https://arxiv.org/abs/2106.13797), Sec. 3.3.
 
     Args:
         x: Tokens.
@@ -101,11 +101,11 @@ def add_mlp(
     Args:
         x: Tokens, not to be used again.
         norm: What comes before the perceptron, token by token.
-        fc1: As for :func:`mlp`, and so are the other layers and ``drop_rate``.
-        fc2: See :func:`mlp`.
-        dwconv: See :func:`mlp`.
-        relu: See :func:`mlp`.
-        drop_rate: See :func:`mlp`.
+        fc1: As for ``mlp``, and so are the other layers and ``drop_rate``.
+        fc2: See ``mlp``.
+        dwconv: See ``mlp``.
+        relu: See ``mlp``.
+        drop_rate: See ``mlp``.
         drop_path: What drops the branch for some images; None in evaluation.
 
     Shape:
@@ -127,7 +127,7 @@ def plain_mlp(
     relu: bool = False,
     drop_rate: float = 0.0,
 ) -> Tensor:
-    """Compute :func:`mlp` in PyTorch's plain operations."""
+    """Compute ``mlp`` in PyTorch's plain operations."""
     x = F.linear(x, *fc1)  # (B, H, W, hidden)
     if relu:
         x = F.relu(x)
@@ -148,7 +148,7 @@ def attention(
 ) -> Tensor:
     """Attend with several heads, without writing the query x key matrix where that can be had.
 
-    Paper: `PVT <https://arxiv.org/abs/2102.12122>`_, Sec. 3.3, eq. 4.
+    Paper: [PVT](https://arxiv.org/abs/2102.12122), Sec. 3.3, eq. 4.
 
     Args:
         query: Projected queries.
@@ -177,7 +177,7 @@ def projected_attention(
     drop_rate: float = 0.0,
     norm: Norm | None = None,
 ) -> Tensor:
-    """Project queries, attend as :func:`attention` does, and project the result.
+    """Project queries, attend as ``attention`` does, and project the result.
 
     Args:
         x: Tokens that the queries come from.
@@ -207,7 +207,7 @@ def _in_pieces(query: Tensor, key: Tensor) -> bool:
 def plain_attention(
     query: Tensor, key: Tensor, value: Tensor, num_heads: int, drop_rate: float = 0.0
 ) -> Tensor:
-    """Compute :func:`attention` by PyTorch's fused kernel."""
+    """Compute ``attention`` by PyTorch's fused kernel."""
     q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (query, key, value))
     out = F.scaled_dot_product_attention(q, k, v, dropout_p=drop_rate)  # (B, heads, N, C/heads)
     return out.transpose(1, 2).flatten(2)

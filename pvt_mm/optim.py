@@ -22,8 +22,8 @@ class PVTOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
     ``layer_decay_rate``: in (0, 1]; what lies n layers below the head learns at rate ** n of its
     learning rate, which other keys may have changed. Layers are those of
-    :meth:`PyramidBackbone.get_layer_depth`; what is not in a PVT keeps its rate. Paper: `BEiT
-    <https://arxiv.org/abs/2106.08254>`_.
+    ``PyramidBackbone.get_layer_depth``; what is not in a PVT keeps its rate. Paper:
+    [BEiT](https://arxiv.org/abs/2106.08254).
 
     ``no_decay``: where true, norms, biases and other vectors, position embeddings and class tokens
     have no weight decay, whatever ``custom_keys`` say of the part of the model that they are in.

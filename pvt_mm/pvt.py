@@ -20,8 +20,8 @@ SR_MODES = ('conv', 'avg', 'max')
 class PVT(PyramidBackbone):
     """Pyramid Vision Transformer.
 
-    Paper: `Pyramid Vision Transformer: A Versatile Backbone for Dense Prediction without
-    Convolutions <https://arxiv.org/abs/2102.12122>`_, Sec. 3 and Table 1.
+    Paper: [Pyramid Vision Transformer: A Versatile Backbone for Dense Prediction without
+    Convolutions](https://arxiv.org/abs/2102.12122), Sec. 3 and Table 1.
 
     Args:
         arch: ``'tiny'``, ``'small'``, ``'medium'``, ``'large'``, or a dict with ``dims``,
@@ -52,7 +52,7 @@ class PVT(PyramidBackbone):
         stage to stage, rounded down, from H // 4 on. H and W are at least ``min_size`` (32). With a
         class token the last is (B, C_3).
 
-    Example:
+    Examples:
         >>> features = PVT('tiny')(torch.zeros(1, 3, 64, 96))
         >>> [tuple(f.shape) for f in features]
         [(1, 64, 16, 24), (1, 128, 8, 12), (1, 320, 4, 6), (1, 512, 2, 3)]

@@ -17,15 +17,15 @@ from .pyramid import PyramidBackbone, Stage, StageSpec, check_out_indices, stage
 class PVTv2(PyramidBackbone):
     """Pyramid Vision Transformer, second version.
 
-    Paper: `PVT v2: Improved Baselines with Pyramid Vision Transformer
-    <https://arxiv.org/abs/2106.13797>`_, Sec. 3 and Table 1.
+    Paper: [PVT v2: Improved Baselines with Pyramid Vision
+    Transformer](https://arxiv.org/abs/2106.13797), Sec. 3 and Table 1.
 
     Args:
         arch: ``'b0'`` to ``'b5'``, ``'b2_li'`` (linear attention), or a dict with ``dims``,
             ``depths``, ``num_heads``, ``mlp_ratios`` and ``sr_ratios``, four values each, and
             ``linear=True`` for linear attention.
         in_channels: Channels of the input image.
-        pretrain_img_size: Taken for the sake of configs shared with :class:`PVT`; v2 has no
+        pretrain_img_size: Taken for the sake of configs shared with ``PVT``; v2 has no
             position embeddings, so it changes nothing.
         out_indices: Stages to return, in ascending order; later ones are not built.
         drop_rate: Dropout rate of attention outputs and MLPs.
@@ -33,7 +33,7 @@ class PVTv2(PyramidBackbone):
         drop_path_rate: Drop path rate of the last block; it rises linearly from 0.
         frozen_stages: Freeze the first so many stages whole; 0 and -1 freeze none.
         with_cp: Recompute blocks in the backward pass: less memory, more time, same numbers.
-        sr_mode: Only ``'conv'``; the pooled forms are :class:`PVT`'s.
+        sr_mode: Only ``'conv'``; the pooled forms are ``PVT``'s.
         allow_partial: Take weights that fit in part, by whatever road; the rest keeps its values.
         adapt_in_channels: Take weights for another number of image channels: ``'sum'`` spreads the
             summed weights over the channels, ``'repeat'`` repeats them; None refuses.
@@ -47,7 +47,7 @@ class PVTv2(PyramidBackbone):
         stage to stage, rounded up, from ceil(H / 4) on. H and W are at least ``min_size``: 29, or 1
         with linear attention.
 
-    Example:
+    Examples:
         >>> features = PVTv2('b0')(torch.zeros(1, 3, 64, 96))
         >>> [tuple(f.shape) for f in features]
         [(1, 32, 16, 24), (1, 64, 8, 12), (1, 160, 4, 6), (1, 256, 2, 3)]

@@ -110,7 +110,7 @@ class PyramidBackbone(BaseModule):
     """Four stages, each at half the resolution of the one before, at strides 4, 8, 16 and 32.
 
     Subclasses build the stages. Loading converts published checkpoints, see
-    :mod:`pvt_mm.checkpoint`.
+    ``pvt_mm.checkpoint``.
 
     Args:
         stages: The stages that are needed, from the first on.
@@ -169,6 +169,7 @@ class PyramidBackbone(BaseModule):
         self.compute_dtype = compute_dtype
         self.out_channels = tuple(stages[i].dim for i in self.out_indices)
         self.min_size = next(side for side in itertools.count(1) if self._fits(side))
+        self.loaded = ''  # what the last load of weights said
         self._draw_parameters()
         for stage in self._frozen():
             stage.requires_grad_(False)
@@ -230,6 +231,7 @@ class PyramidBackbone(BaseModule):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         # Overridden rather than hooked: a registered hook would not survive pickling everywhere.
+        given = any(key.startswith(prefix) for key in state_dict)
         message = load_into_backbone(
             state_dict,
             prefix,
@@ -240,6 +242,8 @@ class PyramidBackbone(BaseModule):
         )
         print_log(message, logger='current')
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if given:
+            self.loaded = message
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Compute the feature pyramid of a batch of images.

@@ -49,7 +49,7 @@ class DataError(UserError):
         self.detail = detail
 
 
-#: What :func:`read_checkpoint` read last, for messages about weights that do not fit.
+#: What ``read_checkpoint`` read last, for messages about weights that do not fit.
 last_read: Path | None = None
 
 
@@ -105,7 +105,7 @@ def _load_bytes(content: bytes) -> Any:
 
 
 def _plain_globals() -> dict[str, Any]:
-    """Return everything that :class:`PlainUnpickler` lets a file name."""
+    """Return everything that ``PlainUnpickler`` lets a file name."""
     functions = (
         torch._utils._rebuild_tensor,
         torch._utils._rebuild_tensor_v2,
@@ -196,7 +196,7 @@ def read_checkpoint(path: str | Path, map_location: Any = 'cpu') -> dict[str, An
 
     Args:
         path: A ``.pth`` or ``.safetensors`` file.
-        map_location: As in :func:`torch.load`.
+        map_location: As in ``torch.load``.
 
     Raises:
         UserError: Where the file is missing, damaged, no checkpoint, or wants to run code.

@@ -41,7 +41,7 @@ PARTIAL = '.partial'
 def setup(cfg: Config) -> None:
     """Make a training resumable, in place: data order, random numbers, whole checkpoint files.
 
-    Call it after :func:`pvt_mm.runtime.setup`. Where ``cfg.resume`` is set, it also chooses the
+    Call it after ``pvt_mm.runtime.setup``. Where ``cfg.resume`` is set, it also chooses the
     checkpoint: ``cfg.load_from``, or with ``'auto'`` or without ``load_from`` the newest whole one
     in the work dir. With ``'auto'``, where there is none yet, the training starts from
     ``load_from``.
@@ -122,7 +122,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put the global random generators in the state that :func:`random_state` returned."""
+    """Put the global random generators in the state that ``random_state`` returned."""
     random.setstate(state['python'])
     kind, key, *rest = state['numpy']
     np.random.set_state((kind, key.cpu().numpy().astype(np.uint32), *rest))

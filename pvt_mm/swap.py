@@ -2,7 +2,7 @@
 
 The old backbone's channels are worked out from its own settings and compared with what every neck
 and head says it takes. Only what agrees is mapped; anything else is refused, with a reason out of
-:class:`Refusal`.
+``Refusal``.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _resnet_strides(backbone: Mapping[str, Any]) -> list[int]:
     return [4 * stride for stride in accumulate(backbone.get('strides', (1, 2, 2, 2)), mul)]
 
 
-#: Widths of the stages, Table 5 ff. of `RegNet <https://arxiv.org/abs/2003.13678>`_.
+#: Widths of the stages, Table 5 ff. of [RegNet](https://arxiv.org/abs/2003.13678).
 _REGNET_WIDTHS = {
     'regnetx_400mf': [32, 64, 160, 384],
     'regnetx_800mf': [64, 128, 288, 672],
@@ -724,7 +724,7 @@ def swap(
     allow_stride_change: bool = False,
     keep_optimizer: bool = False,
 ) -> Swapped:
-    """Do as :func:`swap_backbone`, and say what was changed."""
+    """Do as ``swap_backbone``, and say what was changed."""
     if not isinstance(cfg, Config):
         cfg = configs.load(cfg, import_custom_modules=False)
     settings, dims = make_backbone(backbone)

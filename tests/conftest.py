@@ -105,12 +105,20 @@ def forget_runs(cls):
         forget_runs(child)
 
 
+def load_tool(name):
+    """Import a tool as a module."""
+    spec = importlib.util.spec_from_file_location(f'tool_{name}', REPO / 'tools' / f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:  # tools import their neighbours
+        patch.syspath_prepend(str(REPO / 'tools'))
+        spec.loader.exec_module(module)
+    return module
+
+
 def run_main(folder, name, *arguments):
     """Run a tool's main in this process and in a folder."""
     forget_runs(ManagerMixin)
-    spec = importlib.util.spec_from_file_location(f'tool_{name}', REPO / 'tools' / f'{name}.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_tool(name)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(sys, 'argv', [f'{name}.py', *map(str, arguments)])

@@ -174,14 +174,22 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     several = dict(nargs='+', metavar='NAME')
-    parser.add_argument('--archs', **several, help='(small b2)')
-    parser.add_argument('--sizes', **several, help='(224 512 800x1344)')
-    parser.add_argument('--batch', type=int, nargs='+', metavar='N', help='(1)')
-    parser.add_argument('--dtype', nargs='+', choices=DTYPES, help='bfloat16: autocast (float32)')
-    parser.add_argument('--mode', nargs='+', choices=MODES, help='train: backward too (forward)')
-    parser.add_argument('--peers', **several, help=f'of {", ".join(PEERS)} (mmdet)')
-    parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
-    parser.add_argument('--runs', type=int, help='rounds (as many as fit in 20 s, 5 to 60)')
+    parser.add_argument('--archs', **several, help='of PVT and PVTv2 (default: small b2)')
+    parser.add_argument('--sizes', **several, help='height x width (default: 224 512 800x1344)')
+    parser.add_argument('--batch', type=int, nargs='+', metavar='N', help='images (default: 1)')
+    parser.add_argument(
+        '--dtype', nargs='+', choices=DTYPES, help='bfloat16: autocast (default: float32)'
+    )
+    parser.add_argument(
+        '--mode', nargs='+', choices=MODES, help='train: backward too (default: forward)'
+    )
+    parser.add_argument('--peers', **several, help=f'of {", ".join(PEERS)} (default: mmdet)')
+    parser.add_argument(
+        '--device', choices=('cpu', 'cuda'), default='cpu', help='(default: %(default)s)'
+    )
+    parser.add_argument(
+        '--runs', type=int, help='rounds (default: as many as fit in 20 s, 5 to 60)'
+    )
     parser.add_argument('--csv', type=Path, metavar='FILE', help='append the rows to a file')
     parser.add_argument('--from-csv', type=Path, metavar='FILE', help='take rows from a file')
     parser.add_argument('--plot', type=Path, metavar='FILE.png', help='draw cost over image size')

@@ -1,4 +1,4 @@
-"""Times pycocotools and faster-coco-eval on made-up detections, and compares their figures.
+"""Time pycocotools and faster-coco-eval on made-up detections, and compare their figures.
 
 Every image has a few boxes of COCO's 80 classes, and detections around boxes and at random. Both
 get the same detections and count what mmdet asks for.

@@ -1,4 +1,4 @@
-"""Trains every recipe for a few iterations, evaluates it and loads its checkpoint again.
+"""Train every recipe for a few iterations, evaluate it and load its checkpoint again.
 
 The images are those of tools/make_demo_data.py. A recipe keeps its model, losses, optimiser and
 augmentation; data (a few images of five classes), image sizes, batch and schedule shrink, published
@@ -35,7 +35,7 @@ import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from pvt_mm import cli, configs, nests, runtime
+from pvt_mm import cli, configs, nests, progress, runtime
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / 'configs'
@@ -403,23 +403,16 @@ def check_all(
     todo = [path for path in paths if rows[path] is None]
     if len(todo) < len(paths):
         print(f'{len(paths) - len(todo)} of {len(paths)} are done already; --force runs them again')
-    start = time.monotonic()
-    for number, path in enumerate(todo, 1):
+    for path in progress.track(todo, len(todo), 'configs'):
         rows[path] = row = run_apart(path, data, iterations, work_dir / path.stem)
         results.put(path, keys[path], row)
-        left = (time.monotonic() - start) / number * (len(todo) - number)
-        line = '  '.join(row.cells())
-        print(f'[{number}/{len(todo)}] {line} s; {left / 60:.1f} min left', flush=True)
+        print(f'{"  ".join(row.cells())} s', flush=True)
     return [row for row in rows.values() if row]
 
 
 def text_table(rows: list[Row]) -> str:
     """Return the table as lines of text with even columns."""
-    lines = [HEADER, *(row.cells() for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
-    return '\n'.join(
-        '  '.join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines
-    )
+    return cli.text_table([HEADER, *(row.cells() for row in rows)])
 
 
 def markdown_page(rows: list[Row], iterations: int, skipped: str = '') -> str:

@@ -11,10 +11,7 @@ import argparse
 import functools
 import sys
 
-from rich.console import Console
-from rich.progress import track
-
-from pvt_mm import cli, data_checks
+from pvt_mm import cli, data_checks, progress
 
 
 def parse_args() -> argparse.Namespace:
@@ -44,8 +41,8 @@ def main() -> None:
     loaders = cli.LOADERS if args.split == 'all' else (f'{args.split}_dataloader',)
     loaders = [loader for loader in loaders if cfg.get(loader)]
     cli.check_data(cfg, loaders)
-    progress = functools.partial(track, description='images', console=Console(stderr=True))
-    findings, images = data_checks.check_config(cfg, args.config, loaders, progress)
+    track = functools.partial(progress.track, description='images')
+    findings, images = data_checks.check_config(cfg, args.config, loaders, track)
     print(data_checks.report(findings, images, None if args.all else 10))
     sys.exit(1 if data_checks.stops(findings) else 0)
 

@@ -1,4 +1,4 @@
-"""Checks training in two processes over gloo, as tools/dist_train.sh starts it.
+"""Check training in two processes over gloo, as tools/dist_train.sh starts it.
 
 - The gradients of two processes are those of one with the doubled batch.
 - Detector and segmentor: after every iteration both ranks hold the same weights and statistics, and
@@ -80,7 +80,7 @@ train_dataloader = dict(
 # In the launched processes
 
 
-@HOOKS.register_module()
+@HOOKS.register_module(force=True)  # this file may be imported twice
 class RankProbe(Hook):
     """Write each rank's loss and a hash of its model after every iteration; fail if told to.
 
@@ -110,7 +110,7 @@ class RankProbe(Hook):
             print(json.dumps(line), file=file)
 
 
-@TRANSFORMS.register_module()
+@TRANSFORMS.register_module(force=True)
 class FailingTransform:
     """Fail at the sixth image that the second rank's worker reads, if told to.
 

@@ -1,4 +1,4 @@
-"""Checks that a Python compiles all sources here and has what they use of its standard library.
+"""Check that a Python compiles all sources here and has what they use of its standard library.
 
 It needs nothing installed, so that every Python can run it.
 

@@ -1,4 +1,4 @@
-"""Runs every architecture on random images: the documented features or the documented error.
+"""Run every architecture on random images: the documented features or the documented error.
 
 A case draws everything that a caller may choose: batch, size, stages, precision, mode, memory
 layout and the kind of values. What comes back must have the documented shapes, be contiguous and

@@ -134,8 +134,12 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('--names', nargs='+', default=NAMES, help=f'of {", ".join(NAMES)}')
-    parser.add_argument('--sizes', nargs='+', default=SIZES, help='such as 224 or 800x1344')
+    parser.add_argument(
+        '--names', nargs='+', default=NAMES, help=f'of {", ".join(NAMES)} (default: all)'
+    )
+    parser.add_argument(
+        '--sizes', nargs='+', default=SIZES, help=f'height x width (default: {" ".join(SIZES)})'
+    )
     parser.add_argument('--csv', metavar='FILE', help='write the table to a file as well')
     parser.add_argument('--plot', metavar='FILE.png', help='draw the cost over the image size')
     return parser.parse_args()

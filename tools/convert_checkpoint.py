@@ -3,7 +3,7 @@
 Weights alone are written: no optimiser, no training state. A whole detector or segmentor keeps its
 other parts and its meta data.
 
-Example:
+Examples:
     python tools/convert_checkpoint.py pvt_small.pth pvt_small.safetensors --to huggingface
     python tools/convert_checkpoint.py epoch_12.pth backbone.pth --to official --backbone-only
     python tools/convert_checkpoint.py pvt_small.pth --inspect

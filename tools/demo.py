@@ -1,8 +1,11 @@
-"""Trains and evaluates PVT on the embedded data set and writes pictures and a report.
+"""Train and evaluate PVT on the embedded data set and write pictures and a report.
 
 For each task: make the data, train from random weights, test the saved checkpoint, draw. It ends
 with the scores against their targets and exits with 1 where one falls short. With --quick nothing
 is compared: the training is cut to a few iterations, to show that every step works.
+
+Example:
+    python tools/demo.py --task det --quick
 """
 
 import argparse
@@ -17,6 +20,7 @@ import demo_report as report
 import torch
 from make_demo_data import make_demo_data
 
+from pvt_mm import run_logs
 from pvt_mm.cli import load_config, main_errors
 from pvt_mm.inference import Predictor
 from pvt_mm.runtime import UserError, setup
@@ -161,8 +165,8 @@ def draw(name, outcome, checkpoint, work_dir, out):
     curves, predictions, features = (
         out / f'{name}_{kind}.png' for kind in ('curves', 'predictions', 'features')
     )
-    scalars = newest(work_dir, '*/vis_data/scalars.json')
-    report.plot_curves(curves, *report.read_curves(scalars, task.key), outcome)
+    run = run_logs.read_run(work_dir)
+    report.plot_curves(curves, run.curve('loss'), run.curve(task.key), outcome)
     predictor = Predictor(load_config(str(ROOT / 'configs' / task.config)), str(checkpoint))
     if name == 'seg':
         images = DATA / 'ade/images/validation'
@@ -216,11 +220,21 @@ def parse_args():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('--task', choices=[*TASKS, 'all'], default='det')
+    parser.add_argument(
+        '--task',
+        choices=[*TASKS, 'all'],
+        default='det',
+        help='boxes, instances, semantic segmentation or all three (default: %(default)s)',
+    )
     parser.add_argument(
         '--quick', action='store_true', help='a few iterations only; compares nothing'
     )
-    parser.add_argument('--work-dir', type=Path, default=ROOT / 'work_dirs' / 'demo')
+    parser.add_argument(
+        '--work-dir',
+        type=Path,
+        default=ROOT / 'work_dirs' / 'demo',
+        help='logs, checkpoints and the report (default: work_dirs/demo)',
+    )
     return parser.parse_args()
 
 

@@ -13,24 +13,14 @@ import numpy as np
 from matplotlib.patches import Rectangle
 from pycocotools import mask as mask_utils
 
+from pvt_mm.visualize import principal_colours
+
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
 
-INK, MUTED, ACCENT, TARGET = '#1f2933', '#7b8794', '#1d6fd8', '#d64545'
-STYLE = {
-    'axes.edgecolor': '#cbd2d9',
-    'axes.grid': True,
-    'axes.labelcolor': MUTED,
-    'axes.spines.right': False,
-    'axes.spines.top': False,
-    'axes.titlecolor': INK,
-    'axes.titlesize': 11,
-    'font.size': 9,
-    'grid.color': '#e4e7eb',
-    'savefig.dpi': 130,
-    'xtick.color': MUTED,
-    'ytick.color': MUTED,
-}
+from pvt_mm.run_logs import INK, STYLE, plot_curve
+
+TARGET = '#d64545'
 
 
 @dataclass
@@ -103,32 +93,13 @@ def format_seconds(seconds):
     return f'{minutes}:{rest:02d}'
 
 
-def read_curves(scalars, key):
-    """Reads the losses and scores that a training run logged, one JSON object a line.
-
-    Returns:
-        (iteration, loss) of every logged training step, and (iteration, score) of every evaluation.
-    """
-    losses, scores, last = [], [], 0
-    for line in Path(scalars).read_text().splitlines():
-        entry = json.loads(line)
-        if 'loss' in entry:
-            # Training steps count iterations; an evaluation's own step may count epochs.
-            last = entry['step']
-            losses.append((last, entry['loss']))
-        elif key in entry:
-            scores.append((last, entry[key]))
-    return losses, scores
-
-
 def plot_curves(out, losses, scores, outcome):
     """Draws loss and score over the training iterations, with the target and the final test."""
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.1), layout='constrained')
-        left.plot(*zip(*losses), color=ACCENT, linewidth=1.8)
+        plot_curve(left, losses)
         left.set(title='Training loss', xlabel='iteration', ylim=(0, None))
-        if scores:
-            right.plot(*zip(*scores), color=ACCENT, linewidth=1.8, marker='o', markersize=4)
+        plot_curve(right, scores, marked=True)
         right.axhline(outcome.target, color=TARGET, linewidth=1.2, linestyle='--')
         right.annotate(
             f'target {outcome.target:g}',
@@ -305,22 +276,6 @@ def plot_segments(out, predictor, images, labels, count=6):
     plot_grid(out, draw, len(paths), columns=3, blocks=2)
 
 
-def principal_colours(feature):
-    """Returns a (C, H, W) feature's three principal components as an (H, W, 3) image in 0..1."""
-    channels, height, width = feature.shape
-    tokens = feature.reshape(channels, -1).T.astype(np.float64)
-    tokens = tokens - tokens.mean(0)
-    _, _, directions = np.linalg.svd(tokens, full_matrices=False)
-    parts = min(3, len(directions))
-    components = np.zeros((height * width, 3))
-    # A direction's sign is arbitrary: the largest weight is made positive.
-    for i, direction in enumerate(directions[:parts]):
-        components[:, i] = tokens @ (direction * np.sign(direction[np.abs(direction).argmax()]))
-    low, high = np.percentile(components, (2, 98), axis=0)
-    spread = np.where(high > low, high - low, 1.0)
-    return np.clip((components - low) / spread, 0, 1).reshape(height, width, 3)
-
-
 def plot_features(out, image, features):
     """Draws an image and the principal components of its stage features as colours."""
     with plt.rc_context({**STYLE, 'axes.grid': False}):
@@ -330,7 +285,7 @@ def plot_features(out, image, features):
         show_picture(grid[0], image, 'image')
         for i, feature in enumerate(features):
             axes = grid[i + 1]
-            axes.imshow(principal_colours(feature), interpolation='nearest')
+            axes.imshow(principal_colours(feature.transpose(1, 2, 0)), interpolation='nearest')
             axes.set_axis_off()
             channels, height, width = feature.shape
             axes.set_title(f'stage {i + 1}: {channels} x {height} x {width}', fontsize=9, color=INK)

@@ -143,8 +143,9 @@ fi
 say 'Installing PyTorch and the build tools'
 pip_install -r requirements/build.txt
 install_mmcv
-say "Installing the $STACK stack and the tools for demo, tests and lint"
-pip_install -r "requirements/$STACK.txt" -r requirements/demo.txt -r requirements/test.txt -r requirements/lint.txt
+say "Installing the $STACK stack and the tools for demo, tests, lint and docs"
+pip_install -r "requirements/$STACK.txt" -r requirements/demo.txt -r requirements/test.txt -r requirements/lint.txt \
+    -r requirements/docs.txt
 say 'Installing pvt_mm, editable'
 pip_install --no-build-isolation --no-deps -e .
 say "Done: $VENV/bin/python has pvt_mm."

@@ -1,4 +1,4 @@
-"""Makes the demo's data set: stickers of handwritten digits stuck on photographs.
+"""Make the demo's data set: stickers of handwritten digits stuck on photographs.
 
 The digits are scikit-learn's 8x8 scans and the backgrounds are crops of its two sample photographs,
 so nothing is downloaded. The same pictures are written twice, as COCO and ADE20K lay them out:
@@ -9,6 +9,9 @@ so nothing is downloaded. The same pictures are written twice, as COCO and ADE20
 Training and validation share no digit sample and no part of a photograph. Every picture depends
 only on the seed, the split and its number. In the label maps 0 means ignored, 1 background and 2
 and up the digits, which is ADE20K's convention (`reduce_zero_label=True`).
+
+Example:
+    python tools/make_demo_data.py --out data/digits --train 500
 """
 
 import argparse
@@ -375,10 +378,12 @@ def positive(text):
 def parse_args(argv=None):
     """Parses the command line."""
     parser = argparse.ArgumentParser(
-        description="Makes the demo's data set in COCO's and ADE20K's layouts."
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('--out', default='data/demo', help='folder to write (default: %(default)s)')
-    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument(
+        '--seed', type=int, default=0, help='seed of the pictures (default: %(default)s)'
+    )
     parser.add_argument(
         '--train', type=positive, default=240, help='training images (default: %(default)s)'
     )

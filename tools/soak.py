@@ -1,4 +1,4 @@
-"""Trains and tests a detector and a segmentor for long and watches their memory (on Linux).
+"""Train and test a detector and a segmentor for long and watch their memory (on Linux).
 
 The demo's models run on generated images, with a data loader's worker that lives as long as they
 do. After a warm-up of a fifth, the resident memory of the process and of its workers must stay
@@ -23,7 +23,7 @@ import numpy as np
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from pvt_mm import cli, runtime
+from pvt_mm import cli, progress, runtime
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {'det': 'demo_retinanet_pvt_t.py', 'seg': 'demo_fpn_pvt_t.py'}
@@ -119,7 +119,8 @@ def soak(iterations: int) -> list[Series]:
     rows: list[Series] = []
     with tempfile.TemporaryDirectory() as folder:
         make_demo_data(f'{folder}/data', train=TRAIN_IMAGES, val=iterations)
-        for task, config in CONFIGS.items():
+        # No bar: what the trainings log would break it.
+        for task, config in progress.track(CONFIGS.items(), len(CONFIGS), 'tasks', bar=False):
             path, data = str(ROOT / 'configs' / config), f'{folder}/data/{DATA[task]}'
             arguments = (task, path, data, iterations, f'{folder}/{task}')
             with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:

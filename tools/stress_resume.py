@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pvt_mm import cli, resume, runtime
+from pvt_mm import cli, progress, resume, runtime
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN_IMAGES, VAL_IMAGES = 16, 2
@@ -373,11 +373,11 @@ def main() -> None:
     results: dict[str, Result] = {}
     names = list(VARIANTS)[: args.kills]
     start = time.monotonic()
-    for place, name in enumerate(names):
+    for place, name in progress.track(enumerate(names), len(names), 'trainings'):
         kills = len(range(place, args.kills, len(names)))
         results[name] = result = stress(name, kills, folder / 'data', folder, rng)
         print(
-            f'[{place + 1}/{len(names)}] {name}: {result.kills} kills, '
+            f'{name}: {result.kills} kills, '
             f'different: {", ".join(sorted(result.different)) or "nothing"}',
             flush=True,
         )

@@ -1,4 +1,4 @@
-"""Writes an mmdet or mmseg config anew, with a PVT in place of its backbone.
+"""Write an mmdet or mmseg config anew, with a PVT in place of its backbone.
 
 The written config stands alone and begins with a list of what was changed.
 

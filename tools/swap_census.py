@@ -1,4 +1,4 @@
-"""Swaps a PVT into every config of the installed mmdet and mmseg, and counts what came of it.
+"""Swap a PVT into every config of the installed mmdet and mmseg, and count what came of it.
 
 Each config is loaded, swapped, written, and read back. Each distinct model is then built once with
 random weights, and the loss of two small images is carried back to PVT's first convolution. Nothing
@@ -34,7 +34,7 @@ from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData, PixelData
 from torch import nn
 
-from pvt_mm import cli, configs, nests, runtime, swap
+from pvt_mm import cli, configs, nests, progress, runtime, swap
 
 CODEBASES = ('mmdet', 'mmseg')
 BACKBONE = dict(type='PVTv2', arch='b0')
@@ -470,6 +470,7 @@ class Results:
     def __init__(self, folder: Path, force: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.file = folder / 'results.json'
+        self.saved = time.monotonic()
         self.digest = hashlib.sha256(Path(swap.__file__).read_bytes()).hexdigest()
         self.rows: dict[str, dict[str, Any]] = {}
         self.models: dict[str, dict[str, Any]] = {}
@@ -481,31 +482,18 @@ class Results:
             if kept['digest'] == self.digest:
                 self.rows = kept['rows']
 
+    def save_now_and_then(self) -> None:
+        """Write everything, unless that was done within the last ten seconds."""
+        if time.monotonic() - self.saved > 10:
+            self.save()
+
     def save(self) -> None:
         """Write everything; quick enough for a few thousand entries."""
+        self.saved = time.monotonic()
         part = self.file.with_suffix('.part')
         data = dict(digest=self.digest, rows=self.rows, models=self.models)
         part.write_text(json.dumps(data))
         part.replace(self.file)
-
-
-class Progress:
-    """Counts tasks, and says every ten seconds how long the rest will take."""
-
-    def __init__(self, what: str, total: int) -> None:
-        self.what, self.total, self.done = what, total, 0
-        self.start = self.said = time.monotonic()
-
-    def step(self) -> bool:
-        """Count a task, and tell whether something was said."""
-        self.done += 1
-        now = time.monotonic()
-        if now - self.said < 10 and self.done < self.total:
-            return False
-        self.said = now
-        left = (now - self.start) / self.done * (self.total - self.done)
-        print(f'{self.what}: {self.done} of {self.total}, {left / 60:.1f} min left', flush=True)
-        return True
 
 
 def find_configs(patterns: list[str]) -> list[str]:
@@ -533,20 +521,19 @@ def census(results: Results, names: list[str], workers: int) -> None:
     """Do what is not done yet of some configs, and keep it."""
     with ProcessPoolExecutor(workers, initializer=start_worker) as pool:
         todo = [name for name in names if name not in results.rows]
-        progress = Progress('configs', len(todo))
+        found = pool.map(census_config, todo, chunksize=8)
         # An exception here is a fault of the swap, and ends the census.
-        for row in pool.map(census_config, todo, chunksize=8):
+        for row in progress.track(found, len(todo), 'configs'):
             results.rows[row['name']] = row
-            if progress.step():
-                results.save()
+            results.save_now_and_then()
+        results.save()
         rows = [results.rows[name] for name in names]
         distinct = {row['model']: row for row in rows if row['outcome'] == 'swapped'}
         models = [row for key, row in distinct.items() if key not in results.models]
-        progress = Progress('models', len(models))
-        for model in pool.map(check, models):
+        for model in progress.track(pool.map(check, models), len(models), 'models'):
             results.models[model.pop('model')] = model
-            if progress.step():
-                results.save()
+            results.save_now_and_then()
+        results.save()
 
 
 # The page

@@ -9,7 +9,7 @@ import os
 
 from mmengine.runner import Runner
 
-from pvt_mm import cli, data_guard, runtime
+from pvt_mm import cli, data_guard, progress, runtime
 
 
 def parse_args() -> argparse.Namespace:
@@ -62,6 +62,7 @@ def main() -> None:
     runtime.setup(cfg)
     runner = Runner.from_cfg(cfg)
     data_guard.guard_loading(runner, args.config)
+    progress.fit_log_interval(runner, len(runner.test_dataloader))
     runner.test()
     runtime.leave_together()
 

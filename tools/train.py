@@ -9,7 +9,7 @@ import os
 
 from mmengine.runner import Runner
 
-from pvt_mm import cli, data_guard, resume, runtime
+from pvt_mm import cli, data_guard, preflight, progress, resume, runtime
 
 
 def parse_args() -> argparse.Namespace:
@@ -54,6 +54,11 @@ def parse_args() -> argparse.Namespace:
         action='store_true',
         help='only operations that give the same numbers each time (docs/resume.md)',
     )
+    parser.add_argument(
+        '--tensorboard',
+        action='store_true',
+        help='write losses and scores for TensorBoard too (docs/training_logs.md)',
+    )
     cli.add_common_arguments(parser)
     return parser.parse_args()
 
@@ -76,6 +81,8 @@ def main() -> None:
         cli.enable_auto_scale_lr(cfg)
     if args.fast_coco_eval:
         cli.use_fast_coco_eval(cfg)
+    if args.tensorboard:
+        cli.add_tensorboard(cfg)
     if args.seed is not None:
         cfg.randomness = dict(cfg.get('randomness', {}), seed=args.seed)
     if args.deterministic:
@@ -96,6 +103,8 @@ def main() -> None:
     with resume.clear_errors(cfg.work_dir):
         runner = Runner.from_cfg(cfg)
         data_guard.guard_loading(runner, args.config, args.skip_bad_images)
+        runner.register_hook(preflight.PreflightHook())
+        progress.fit_log_interval(runner, runner.max_iters)
         runner.train()
     runtime.leave_together()
 
