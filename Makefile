@@ -40,7 +40,7 @@ demo-all: install
 	$(BIN)/python tools/demo.py --task all $(if $(QUICK),--quick)
 
 test: install
-	$(BIN)/python -m pytest -q $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(TESTS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent
 EXTRAS = {
     'classification': ['mmpretrain==1.2.0', 'torchvision'],
     'fast-eval': ['faster-coco-eval>=1.8'],
+    'export': ['onnx>=1.17', 'onnxruntime>=1.17', 'onnxscript>=0.5'],
 }
 # Where OpenMMLab's tools look inside the package, and what they find there.
 MIM_LINKS = {

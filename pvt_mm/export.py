@@ -189,12 +189,17 @@ def require(file_format: str) -> None:
     Raises:
         UserError: Where it is not.
     """
-    if not hasattr(torch.compiler, 'is_exporting'):
-        raise UserError(f'Export needs PyTorch 2.7 or newer; this is {torch.__version__}.')
+    _free_size()
     packages = ('onnx', 'onnxruntime', 'onnxscript') if file_format == 'onnx' else ()
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
         raise UserError(f"ONNX needs {', '.join(missing)}: pip install 'pvt-mm[export]'.")
+
+
+def _free_size() -> Any:
+    if hasattr(torch.compiler, 'is_exporting'):
+        return torch.export.Dim.DYNAMIC
+    raise UserError(f'Export needs PyTorch 2.7 or newer; this is {torch.__version__}.')
 
 
 @torch.no_grad()
@@ -204,9 +209,8 @@ def export(part: Part, file_format: str) -> bytes:
     Raises:
         UserError: Where PyTorch cannot export it.
     """
-    dynamic = torch.export.Dim.DYNAMIC
     image = torch.zeros(_RECORDED)
-    shapes = ({0: dynamic, 2: dynamic, 3: dynamic},)
+    shapes = (dict.fromkeys((0, 2, 3), _free_size()),)
     file = io.BytesIO()
     with _quiet():
         try:

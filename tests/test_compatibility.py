@@ -14,7 +14,11 @@ tool = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tool)
 
 #: Conditions that hold only where a newer name is there.
-CONDITIONS = ('takes_safe_globals()', 'reading.takes_safe_globals()')
+CONDITIONS = (
+    'takes_safe_globals()',
+    'reading.takes_safe_globals()',
+    "hasattr(torch.compiler, 'is_exporting')",
+)
 SOURCES = sorted([*REPO.glob('pvt_mm/*.py'), *REPO.glob('tools/*.py')])
 
 

@@ -210,11 +210,15 @@ def clone(tmp_path_factory, demo_data):
     weights = {key: torch.zeros(shape) for key, shape in shapes.items()}
     torch.save(weights, folder / 'weights' / 'pvt_small.pth')
     write_config(folder, 'det').rename(folder / 'my_config.py')
-    cfg = cli.load_config(str(folder / 'configs' / 'demo_retinanet_pvt_t.py'))
-    init_default_scope('mmdet')
-    trained = folder / 'work_dirs' / 'digits' / 'epoch_15.pth'
-    trained.parent.mkdir(parents=True)
-    torch.save(MODELS.build(cfg.model).state_dict(), trained)
+    for scope, config, name in (
+        ('mmdet', 'demo_retinanet_pvt_t.py', 'digits/epoch_15.pth'),
+        ('mmseg', 'demo_fpn_pvt_t.py', 'masks/iter_600.pth'),
+    ):
+        cfg = cli.load_config(str(folder / 'configs' / config))
+        init_default_scope(scope)
+        trained = folder / 'work_dirs' / name
+        trained.parent.mkdir(parents=True)
+        torch.save({'meta': {}, 'state_dict': MODELS.build(cfg.model).state_dict()}, trained)
     return folder
 
 

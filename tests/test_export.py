@@ -93,7 +93,8 @@ def test_two_stages_by_the_tool_are_whole_or_nothing(
     assert len(program(torch.randn(3, 3, 64, 100))) == 3 * 5
 
     before = out.read_bytes()
-    wrong = lambda image: [x * 1.001 for x in program(image)]
+    def wrong(image):
+        return [x * 1.001 for x in program(image)]
     monkeypatch.setattr(export, 'export', lambda part, file_format: before)
     monkeypatch.setattr(export, 'load', lambda content, file_format: wrong)
     assert 'nothing was written' in failing('export', config, checkpoint, out)

@@ -275,9 +275,19 @@ def test_make_refuses_an_unknown_stack():
 def test_make_runs_chosen_tests_on_the_other_stack():
     """Each stack has its own environment, and TESTS says which tests run."""
     shown = run(['make', '-n', 'test', 'STACK=onedl', 'TESTS=tests/test_tools.py -k det'], cwd=ROOT)
-    assert '.venv-onedl/bin/python -m pytest -q tests/test_tools.py -k det' in shown.stdout
-    shown = run(['make', '-n', 'test'], cwd=ROOT)
-    assert shown.stdout.splitlines()[-1].rstrip() == '.venv/bin/python -m pytest -q'
+    options = '-q -n 2 --dist loadfile'
+    assert f'.venv-onedl/bin/python -m pytest {options} tests/test_tools.py -k det' in shown.stdout
+    last = run(['make', '-n', 'test'], cwd=ROOT).stdout.splitlines()[-1].rstrip()
+    assert last.endswith(f' .venv/bin/python -m pytest {options}')
+
+
+def test_ci_runs_both_stacks_and_names_tests_that_exist():
+    """The tests that CI runs on the second stack are there."""
+    script = (ROOT / '.ci' / 'run').read_text()
+    assert 'make test\n' in script and 'make test STACK=onedl TESTS=' in script
+    named = re.findall(r'tests/test_\w+\.py', script)
+    assert len(named) == len(set(named)) >= 6
+    assert all((ROOT / name).is_file() for name in named)
 
 
 def test_make_help_names_every_target():
