@@ -69,6 +69,8 @@ class Part(nn.Module):
 
     #: What the outputs are, and what is left out, for the user.
     about = ''
+    #: Children of the model that the outputs come from; the file holds no others.
+    uses: tuple[str, ...] = ()
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -87,6 +89,7 @@ class Backbone(Part):
     """The features of a backbone."""
 
     about = 'the backbone: one feature map a stage, at strides 4, 8, 16 and 32'
+    uses = ('backbone',)
 
     def named(self, image: Tensor) -> dict[str, Tensor]:
         """Compute ``stage1`` to ``stage4``, those that the config asks for."""
@@ -101,6 +104,7 @@ class Segmentor(Part):
         "the whole segmentor: logits resized to the input's height and width; their argmax over "
         'the channels is the label map'
     )
+    uses = ('backbone', 'neck', 'decode_head')
 
     def named(self, image: Tensor) -> dict[str, Tensor]:
         """Compute ``logits``, as mmseg does for a whole image."""
@@ -116,6 +120,7 @@ class SingleStage(Part):
         "the detector up to its head's raw outputs, level by level; decoding boxes and NMS are not "
         'in it, since their result has no size known beforehand'
     )
+    uses = ('backbone', 'neck', 'bbox_head')
 
     def named(self, image: Tensor) -> dict[str, Tensor]:
         """Compute ``cls_score0``, ..., ``bbox_pred0``, ... and a third kind (ATSS), ``other0``."""
@@ -129,6 +134,7 @@ class TwoStage(Part):
         "backbone, neck and the RPN's raw outputs; proposals (NMS) and RoI heads are not in it, "
         "since mmcv's RoIAlign has no ONNX or torch.export form"
     )
+    uses = ('backbone', 'neck', 'rpn_head')
 
     def named(self, image: Tensor) -> dict[str, Tensor]:
         """Compute ``feature0``, ..., ``rpn_cls_score0``, ..., ``rpn_bbox_pred0``, ..."""
@@ -236,8 +242,11 @@ def export(part: Part, file_format: str) -> bytes:
 
 
 def _exportable(part: Part) -> Part:
-    """Return a copy without mmseg's ``Upsample``, which turns the size into a fixed number."""
+    """Return a copy of what is used, without mmseg's ``Upsample``, which makes a size fixed."""
     part = copy.deepcopy(part)
+    for name, _ in list(part.model.named_children()):
+        if part.uses and name not in part.uses:
+            delattr(part.model, name)
     for parent in list(part.modules()):
         for name, child in parent.named_children():
             kind = type(child)
@@ -319,15 +328,19 @@ def agrees(differences: Sequence[Difference]) -> bool:
 def time_side_by_side(
     runs: dict[str, Run], size: tuple[int, int], rounds: int = 10
 ) -> dict[str, float]:
-    """Return the median milliseconds of one image, the programs taking turns."""
+    """Return the median milliseconds of one image, the programs taking turns.
+
+    In each turn a program runs twice, and the second run counts: for a while, the threads of the
+    program before keep the cores busy waiting.
+    """
     image = torch.randn(1, 3, *size)
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(rounds + 2):
+    for _ in range(rounds):
         for name, run in runs.items():
+            run(image)
             start = time.perf_counter()
             run(image)
-            if number >= 2:  # the first two warm up
-                times[name].append(1000 * (time.perf_counter() - start))
+            times[name].append(1000 * (time.perf_counter() - start))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
