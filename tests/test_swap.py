@@ -406,6 +406,7 @@ def test_the_page_of_the_census():
     assert int(done) / int(total) >= 0.95
     assert float(share) == round(100 * int(done) / int(total), 1)
     assert set(re.findall(r'^\| refused \| ([^|]+) \|', page, re.M)) <= {r.value for r in Refusal}
+    assert not re.search(r'^\| failed \|', page, re.M), 'a swap that does not build or run'
 
 
 @pytest.mark.parametrize('name', REFUSED)
