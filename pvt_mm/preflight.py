@@ -359,7 +359,7 @@ def _batch_size(loader: Any) -> int:
 
 def _precision(wrapper: Any, model: nn.Module) -> str:
     if hasattr(wrapper, 'loss_scaler'):
-        dtype = str(wrapper.cast_dtype or torch.float16).removeprefix('torch.')
+        dtype = str(getattr(wrapper, 'cast_dtype', None) or torch.float16).removeprefix('torch.')
         return f'mixed: {dtype}, weights in float32'
     for backbone in _backbones(model).values():
         if backbone.compute_dtype:

@@ -448,7 +448,7 @@ def test_site_works_in_a_browser_without_the_network(site):
                 'nothing sticks out'
             )
         page.fill('.md-search__input', 'bfloat16')
-        page.wait_for_selector('.md-search-result__item', timeout=10_000)
+        page.wait_for_selector('.md-search-result__item', timeout=60_000)
         chromium.close()
     assert not complaints
     assert not [url for url in asked if not url.startswith(('file:', 'data:'))]
