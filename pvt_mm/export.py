@@ -229,7 +229,7 @@ def export(part: Part, file_format: str) -> bytes:
         if file_format == 'pt2':
             torch.export.save(program, file)
             return file.getvalue()
-        onnx = torch.onnx.export(
+        onnx: Any = torch.onnx.export(
             program,
             dynamo=True,
             opset_version=OPSET,
@@ -247,6 +247,7 @@ def _exportable(part: Part) -> Part:
     for name, _ in list(part.model.named_children()):
         if part.uses and name not in part.uses:
             delattr(part.model, name)
+    child: Any
     for parent in list(part.modules()):
         for name, child in parent.named_children():
             kind = type(child)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import mmcv
 import numpy as np
 
 from .visualize import LUT, Point, StageView, View, resize_to_side
@@ -43,7 +44,7 @@ def write_page(view: View, point: Point, pictures: Mapping[str, Path], out_file:
     }
     sections = ''.join(
         f'<section><h2>{html.escape(title)}</h2>'
-        f'<img alt="{html.escape(title)}" src="{_data_uri(cv2.imread(str(file)))}"></section>'
+        f'<img alt="{html.escape(title)}" src="{_data_uri(mmcv.imread(file))}"></section>'
         for title, file in pictures.items()
     )
     page = TEMPLATE.replace('NAME', html.escape(view.name)).replace('SECTIONS', sections)
