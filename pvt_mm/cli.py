@@ -250,16 +250,21 @@ def task_of(cfg: Config, codebases: Sequence[str] = ('mmdet', 'mmseg')) -> str:
     return scope
 
 
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that train and test share."""
-    parser.add_argument('--data-root', metavar='DIR', help='where the data set lies, if elsewhere')
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """Add the argument that overrides keys of the config."""
     parser.add_argument(
         '--cfg-options',
         nargs='+',
         action=DictAction,
         metavar='KEY=VALUE',
-        help='override the config, e.g. train_dataloader.batch_size=4',
+        help='override the config, e.g. model.backbone.compute_dtype=bfloat16',
     )
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that train and test share."""
+    parser.add_argument('--data-root', metavar='DIR', help='where the data set lies, if elsewhere')
+    add_config_options(parser)
     parser.add_argument(
         '--launcher',
         choices=('none', 'pytorch', 'slurm', 'mpi'),

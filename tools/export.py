@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from complexity import parse_size, print_table
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 
 from pvt_mm import cli, export
 from pvt_mm.inference import Predictor
@@ -48,13 +48,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--calibration', nargs='+', default=(), metavar='IMAGES', help='image files or folders'
     )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='override the config',
-    )
+    cli.add_config_options(parser)
     return parser.parse_args()
 
 

@@ -8,8 +8,6 @@ import argparse
 import json
 from pathlib import Path
 
-from mmengine.config import DictAction
-
 from pvt_mm import cli
 from pvt_mm.inference import Predictor
 
@@ -26,13 +24,7 @@ def parse_args() -> argparse.Namespace:
         '--score-thr', type=float, default=0.3, help='draw and list boxes above it (default: 0.3)'
     )
     parser.add_argument('--device', help='cpu or cuda:N (default: the first GPU, else the CPU)')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='override the config',
-    )
+    cli.add_config_options(parser)
     return parser.parse_args()
 
 

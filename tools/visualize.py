@@ -9,8 +9,6 @@ Example:
 import argparse
 from pathlib import Path
 
-from mmengine.config import DictAction
-
 from pvt_mm import cli, visualize
 from pvt_mm.inference import Predictor, read_pixels
 from pvt_mm.visualize_page import write_page
@@ -39,13 +37,7 @@ def parse_args() -> argparse.Namespace:
         '--score-thr', type=float, default=0.3, help='draw boxes above it (default: 0.3)'
     )
     parser.add_argument('--device', help='cpu or cuda:N (default: the first GPU, else the CPU)')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='override the config',
-    )
+    cli.add_config_options(parser)
     return parser.parse_args()
 
 
