@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.logging import print_log
+from mmengine.utils import digit_version
 
 from .nests import dicts
 from .reading import UserError, read_checkpoint
@@ -95,8 +96,15 @@ def _adapt_to_cpu(cfg: Config) -> None:
     wrapper = cfg.get('optim_wrapper')
     if wrapper and wrapper.get('type') == 'AmpOptimWrapper':
         _compute_in_bf16(cfg)
+    if wrapper and wrapper.get('optimizer', {}).get('fused') and not _fuses_on_cpu():
+        wrapper.optimizer['fused'] = False
     if cfg.get('launcher', 'none') != 'none':
         _launch_gloo(cfg)
+
+
+def _fuses_on_cpu() -> bool:
+    """Tell whether PyTorch has fused optimisers for the CPU, as from 2.4 on."""
+    return digit_version(torch.__version__.split('+')[0]) >= digit_version('2.4.0')
 
 
 def _compute_in_bf16(cfg: Config) -> None:
