@@ -84,7 +84,9 @@ def safe_globals() -> list[Any]:
         for name, function in functions.items()
         for core in ('core', '_core')
     ]
-    classes = [argparse.Namespace, HistoryBuffer, np.ndarray, np.dtype, *dtypes]
+    # The counter holds the milestones of MultiStepLR.
+    kept = [argparse.Namespace, collections.Counter, HistoryBuffer]
+    classes = [*kept, np.ndarray, np.dtype, *dtypes]
     return [(_statistics, 'builtins.getattr'), *classes, *both]
 
 
