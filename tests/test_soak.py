@@ -28,25 +28,39 @@ pytestmark = pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='there i
 def test_the_line_rises_as_the_memory_does(slope, start, noise):
     """The warm-up does not count, and noise of 2 MB moves the rise by less than 4 MB."""
     counts = list(range(5, 505, 5))
-    sizes = [900 + slope * count - start * (count < 100) for count in counts]
+    sizes = [900 + slope * count - start * (count < 200) for count in counts]
     series = tool.Series('made up', counts, list(np.add(sizes, noise)))
-    assert abs(series.rise() - slope * 400) < 4
+    assert abs(series.rise() - slope * 300) < 4
 
 
 def test_resident_memory_is_measured():
-    """What is written to counts, and so do the processes of workers."""
+    """What is written to counts."""
     before = tool.resident()
     with mmap.mmap(-1, 2**26) as kept:  # no memory that was freed before can serve
         for page in range(0, 2**26, mmap.PAGESIZE):
             kept[page] = 1
         assert 60 < tool.resident() - before < 70
-    worker = tool.multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,))
-    alone = tool.resident()
+
+
+def hold(ready):
+    kept = mmap.mmap(-1, 2**26)
+    for page in range(0, 2**26, mmap.PAGESIZE):
+        kept[page] = 1
+    ready.set()
+    time.sleep(60)
+
+
+def test_workers_count_and_shared_pages_count_once():
+    """What a forked worker writes to is added; what it has of its parent's is not."""
+    context = tool.multiprocessing.get_context('fork')
+    alone, ready = tool.resident(), context.Event()
+    worker = context.Process(target=hold, args=(ready,))
     worker.start()
+    ready.wait(60)
     both = tool.resident()
     worker.kill()
     worker.join()
-    assert both > alone + 10
+    assert 60 < both - alone < 100 < alone
 
 
 def test_a_slice_of_the_soak(small_config, demo_data, tmp_path):

@@ -1,7 +1,7 @@
 """Train and test a detector and a segmentor for long and watch their memory (on Linux).
 
 The demo's models run on generated images, with a data loader's worker that lives as long as they
-do. After a warm-up of a fifth, the resident memory of the process and of its workers must stay
+do. After a warm-up of two fifths, the resident memory of the process and of its workers must stay
 flat: a straight line through it may rise by LIMIT megabytes at most. Ends with 1 where it rises by
 more.
 
@@ -12,6 +12,7 @@ Example:
 import argparse
 import multiprocessing
 import os
+import re
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
@@ -29,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {'det': 'demo_retinanet_pvt_t.py', 'seg': 'demo_fpn_pvt_t.py'}
 DATA = {'det': 'coco', 'seg': 'ade'}
 TRAIN_IMAGES = 240
+WARM_UP = 0.4  # of a run: batches of the largest sizes have come by then
 LIMIT = 20.0  # megabytes that a line through the samples may rise by
 PRINTED = 5  # columns of the table
 
@@ -44,7 +46,7 @@ class Series:
     def rise(self) -> float:
         """How far a straight line rises from the end of the warm-up to the last sample."""
         counts, sizes = np.array(self.counts), np.array(self.sizes)
-        late = counts >= counts[-1] / 5
+        late = counts >= counts[-1] * WARM_UP
         slope = np.polyfit(counts[late], sizes[late], 1)[0]
         return float(slope * (counts[-1] - counts[late][0]))
 
@@ -84,10 +86,14 @@ class MemoryHook(Hook):
 
 
 def resident() -> float:
-    """Resident megabytes of this process and of the workers that it has started."""
+    """Resident megabytes of this process and of the workers that it has started.
+
+    Pages that several share count once, in shares (PSS): a forked worker has its parent's pages,
+    and each that it touches would seem to be new.
+    """
     processes = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
-    pages = [int(Path(f'/proc/{pid}/statm').read_text().split()[1]) for pid in processes]
-    return sum(pages) * os.sysconf('SC_PAGE_SIZE') / 2**20
+    rollups = [Path(f'/proc/{pid}/smaps_rollup').read_text() for pid in processes]
+    return sum(int(re.findall(r'^Pss: +(\d+) kB$', text, re.M)[0]) for text in rollups) / 1024
 
 
 def watch(task: str, config: str, data: str, iterations: int, work_dir: str) -> list[Series]:
