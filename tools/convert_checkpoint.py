@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from pvt_mm import PVT, CheckpointMismatchError, PVTv2, cli, convert_checkpoint, runtime
+from pvt_mm import PVT, CheckpointMismatchError, PVTv2, cli, convert_checkpoint, progress, runtime
 from pvt_mm.checkpoint import (
     Arch,
     bare_backbone,
@@ -76,7 +76,8 @@ def convert(checkpoint: dict[str, Any], args: argparse.Namespace) -> dict[str, A
         tensors = convert_checkpoint(weights, args.to, args.arch)
     except ValueError as error:
         raise runtime.UserError(str(error)) from error
-    owned = {key: tensor.clone().contiguous() for key, tensor in tensors.items()}
+    items = progress.track(tensors.items(), len(tensors), 'tensors')
+    owned = {key: tensor.clone().contiguous() for key, tensor in items}
     if isinstance(checkpoint.get('meta'), dict) and not args.backbone_only:
         return {'meta': checkpoint['meta'], 'state_dict': owned}
     return owned
