@@ -268,7 +268,8 @@ def _refusal(error: Exception) -> str:
     if not isinstance(error, pickle.UnpicklingError):
         return ''
     message = str(error)
-    named = re.search(r'GLOBAL (\S+)', message)
+    # The older wording is of the reader of PyTorch 2.1.
+    named = re.search(r'(?:GLOBAL|Unsupported class) (\S+)', message)
     if named:
         return f'it asks for {named[1]}'
     if 'Can only' in message or 'unrecognized function' in message:
