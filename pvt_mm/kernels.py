@@ -10,7 +10,9 @@ Each has a plain twin in ``pvt_mm.ops`` with the same result.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,9 +23,6 @@ from torch.autograd.function import once_differentiable
 #: Elements of an intermediate buffer. A few such buffers share the last-level cache, and each stays
 #: below the size from which the C library gives memory back to the system at once.
 PIECE = 2**20
-
-#: The same in backward passes, which hold about twice as many buffers at a time.
-BACKWARD_PIECE = 2**19
 
 #: Hidden channels that go through the depth-wise convolution together.
 BLOCK = 128
@@ -50,7 +49,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = 
 
     Args:
         x: Tokens.
-        weight: Contiguous.
+        weight: Contiguous, or the transpose of what is.
         bias: Added to the product.
         gelu: Activate the result, while it is in registers.
 
@@ -78,13 +77,29 @@ def _image(x: Tensor) -> Tensor:
     return x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
 
 
+def _is_zen5_or_later(cpuinfo: str = '/proc/cpuinfo') -> bool:
+    """Whether this is an AMD processor of family 26 or above, where Linux tells."""
+    try:
+        text = Path(cpuinfo).read_text()
+    except OSError:
+        return False
+    family = re.search(r'^cpu family\s*: (\d+)$', text, re.MULTILINE)
+    return 'AuthenticAMD' in text and family is not None and int(family[1]) >= 26
+
+
+#: Whether oneDNN's convolution makes the gradients of fp32 weights faster than MKL's product, which
+#: uses 256 bits on AMD: all that the vector units of Zen 4 have, half of what those of Zen 5 have.
+CONVOLVED_GRADS = _is_zen5_or_later()
+
+
 def weight_grad(grad: Tensor, x: Tensor) -> Tensor:
     """Gradient of a product's weight.
 
     Shape:
         grad: (N, out); x: (N, in) -> (out, in).
     """
-    if grad.shape[1] * x.shape[1] > 1024 * len(x):  # few tokens for a large weight
+    few_tokens = grad.shape[1] * x.shape[1] > 1024 * len(x)
+    if few_tokens or x.dtype != torch.float32 or not CONVOLVED_GRADS:
         return torch.mm(grad.t(), x)
     weight = x.new_empty(grad.shape[1], x.shape[1], 1, 1)
     grads = torch.ops.aten.convolution_backward(
@@ -113,7 +128,7 @@ class LinearFunction(torch.autograd.Function):
         grad = grad.to(x.dtype).contiguous()
         rows = grad.flatten(0, -2)
         return (
-            product(grad, weight.to(x.dtype).t().contiguous()) if needs_x else None,
+            product(grad, weight.to(x.dtype).t()) if needs_x else None,
             weight_grad(rows, x.flatten(0, -2)) if needs_weight else None,
             rows.sum(0) if needs_bias else None,
             None,
@@ -286,10 +301,10 @@ class MlpFunction(torch.autograd.Function):
         grad_bias2.copy_(grad.flatten(0, 2).sum(0))
         depthwise, hidden = dw_weight is not None, len(weight1)
         whole = slice(None)
-        column_parts = _pieces(x.shape[2], BACKWARD_PIECE // hidden)
+        column_parts = _pieces(x.shape[2], PIECE // hidden)
         for channels in _channel_parts(x, hidden) if depthwise else [whole]:
             layers = _block_layers(saved, channels, x.dtype)
-            weight1_t, weight2_t = layers[0].t().contiguous(), layers[2].t().contiguous()
+            weight1_t, weight2_t = layers[0].t(), layers[2].t()
             sums: Any = None
             for columns in [whole] if depthwise else column_parts:
                 part, grad_part = x[:, :, columns], grad[:, :, columns]
@@ -317,7 +332,7 @@ class MlpFunction(torch.autograd.Function):
 
 def _channel_parts(x: Tensor, hidden: int) -> Iterator[slice]:
     """Cut hidden channels into about a piece each; the convolution needs each one whole."""
-    return _pieces(hidden, max(BACKWARD_PIECE // (x.numel() // x.shape[-1]) // 64 * 64, 64))
+    return _pieces(hidden, max(PIECE // (x.numel() // x.shape[-1]) // 64 * 64, 64))
 
 
 def _block_layers(saved: tuple, channels: slice, dtype: torch.dtype) -> tuple:
@@ -490,9 +505,9 @@ class AttentionFunction(torch.autograd.Function):
         for q, k, v, g, gq, gk, gv in _heads(ctx.num_heads, *inputs, grad, *grads):
             scale = k.shape[1] ** -0.5
             k, v = k * scale, v.contiguous()  # (M, d)
-            k_t = k.t().contiguous()  # (d, M)
+            k_t = k.t()  # (d, M)
             sum_k, sum_v = (k.new_zeros(k.shape, dtype=_wide(k)) for _ in range(2))
-            for rows in _pieces(len(q), BACKWARD_PIECE // len(k)):
+            for rows in _pieces(len(q), PIECE // len(k)):
                 queries, grad_rows = q[rows].contiguous(), g[rows].contiguous()
                 weights = product(queries, k).softmax(-1)  # (n, M)
                 sum_v += weight_grad(weights, grad_rows)

@@ -16,7 +16,6 @@ few = settings(max_examples=25, deadline=None)
 def small_pieces(monkeypatch):
     """Pieces of a few rows, so that small tensors are cut as large ones are."""
     monkeypatch.setattr(kernels, 'PIECE', 2**9)
-    monkeypatch.setattr(kernels, 'BACKWARD_PIECE', 2**9)
     monkeypatch.setattr(kernels, 'BLOCK', 16)
     monkeypatch.setattr(ops, 'PIECED_SCORES', 1)
 
@@ -91,6 +90,31 @@ def test_mlp_added_in_place_is_the_plain_branch(shape, relu, rows_first):
     with torch.no_grad():
         plain = x + ops.plain_mlp(norm(x), fc1, fc2, dwconv, relu)
         close(ops.add_mlp(tokens, norm, fc1, fc2, dwconv, relu), plain)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('convolved', [False, True])
+@few
+@given(seed=st.integers(0, 10**6), tokens=st.integers(1, 40), sides=st.sampled_from([1, 8, 70]))
+def test_weight_gradients_by_product_and_by_convolution(convolved, dtype, seed, tokens, sides):
+    """Both roads sum over the tokens."""
+    grad, x = draw(tokens, sides, seed=seed), draw(tokens, 24, seed=seed + 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, 'CONVOLVED_GRADS', convolved)
+        ours = kernels.weight_grad(grad.to(dtype), x.to(dtype)).float()
+    close(ours, grad.t() @ x, 1e-4 if dtype == torch.float32 else 0.05)
+
+
+@pytest.mark.parametrize(
+    ('vendor', 'family', 'convolved'),
+    [('AuthenticAMD', 25, False), ('AuthenticAMD', 26, True), ('GenuineIntel', 207, False)],
+)
+def test_the_processor_chooses_the_road(tmp_path, vendor, family, convolved):
+    """AMD from Zen 5 on; not where nothing is known."""
+    cpuinfo = tmp_path / 'cpuinfo'
+    assert not kernels._is_zen5_or_later(cpuinfo)
+    cpuinfo.write_text(f'vendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: 17\n')
+    assert kernels._is_zen5_or_later(cpuinfo) == convolved
 
 
 @few
