@@ -12,9 +12,10 @@ from pvt_mm import PVT, PVTv2, kernels, ops
 few = settings(max_examples=25, deadline=None)
 
 
-@pytest.fixture(autouse=True)
-def small_pieces(monkeypatch):
-    """Pieces of a few rows, so that small tensors are cut as large ones are."""
+@pytest.fixture(autouse=True, params=[False, True], ids=['mkl-wide', 'mkl-narrow'])
+def small_pieces(monkeypatch, request):
+    """Pieces of a few rows, so that small tensors are cut as large ones are; either kind of CPU."""
+    monkeypatch.setattr(kernels, 'MKL_IS_NARROW', request.param)
     monkeypatch.setattr(kernels, 'PIECE', 2**9)
     monkeypatch.setattr(kernels, 'BLOCK', 16)
     monkeypatch.setattr(ops, 'PIECED_SCORES', 1)
@@ -92,29 +93,26 @@ def test_mlp_added_in_place_is_the_plain_branch(shape, relu, rows_first):
         close(ops.add_mlp(tokens, norm, fc1, fc2, dwconv, relu), plain)
 
 
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize('convolved', [False, True])
+@pytest.mark.parametrize(('dtype', 'tolerance'), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
 @few
 @given(seed=st.integers(0, 10**6), tokens=st.integers(1, 40), sides=st.sampled_from([1, 8, 70]))
-def test_weight_gradients_by_product_and_by_convolution(convolved, dtype, seed, tokens, sides):
-    """Both roads sum over the tokens."""
+def test_weight_gradients_sum_over_the_tokens(dtype, tolerance, seed, tokens, sides):
+    """By a product or by a convolution."""
     grad, x = draw(tokens, sides, seed=seed), draw(tokens, 24, seed=seed + 1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, 'CONVOLVED_GRADS', convolved)
-        ours = kernels.weight_grad(grad.to(dtype), x.to(dtype)).float()
-    close(ours, grad.t() @ x, 1e-4 if dtype == torch.float32 else 0.05)
+    ours = kernels.weight_grad(grad.to(dtype), x.to(dtype)).float()
+    close(ours, grad.t() @ x, tolerance)
 
 
 @pytest.mark.parametrize(
-    ('vendor', 'family', 'convolved'),
+    ('vendor', 'family', 'narrow'),
     [('AuthenticAMD', 25, False), ('AuthenticAMD', 26, True), ('GenuineIntel', 207, False)],
 )
-def test_the_processor_chooses_the_road(tmp_path, vendor, family, convolved):
+def test_the_processor_chooses_the_road(tmp_path, vendor, family, narrow):
     """AMD from Zen 5 on; not where nothing is known."""
     cpuinfo = tmp_path / 'cpuinfo'
     assert not kernels._is_zen5_or_later(cpuinfo)
     cpuinfo.write_text(f'vendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: 17\n')
-    assert kernels._is_zen5_or_later(cpuinfo) == convolved
+    assert kernels._is_zen5_or_later(cpuinfo) == narrow
 
 
 @few
