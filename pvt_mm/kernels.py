@@ -481,7 +481,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tens
     Shape:
         query: (B, N, C); key and value: (B, M, C) -> (B, N, C).
     """
-    out = query.clone(memory_format=torch.contiguous_format)
+    out = query.clone()
     for tokens, k, v in zip(out, key, value):
         attend, piece = _attention_to(k, v, num_heads)
         for rows in _pieces(len(tokens), piece):

@@ -66,7 +66,7 @@ PRECISIONS = {
 LAYOUTS = ('contiguous', 'channels last', 'transposed', 'sliced', 'expanded')
 VALUES = ('normal', 'zero', 'pixels')
 #: What the kernels cut at, made so small that even little images are cut.
-SMALL_PIECES = {'PIECE': 2**12, 'BACKWARD_PIECE': 2**12, 'BLOCK': 16}
+SMALL_PIECES = {'PIECE': 2**12, 'BLOCK': 16}
 #: How far the same image may come out apart, in standard deviations of a stage.
 TOLERANCE = 1e-5
 
