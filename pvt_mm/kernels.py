@@ -9,11 +9,9 @@ Each has a plain twin in ``pvt_mm.ops`` with the same result.
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -81,7 +79,8 @@ def _image(x: Tensor) -> Tensor:
 def _is_zen5_or_later(cpuinfo: str = '/proc/cpuinfo') -> bool:
     """Whether this is an AMD processor of family 26 or above, where Linux tells."""
     try:
-        text = Path(cpuinfo).read_text()
+        with open(cpuinfo) as file:
+            text = file.read(512)  # the first core's; hundreds of cores take long to list
     except OSError:
         return False
     family = re.search(r'^cpu family\s*: (\d+)$', text, re.MULTILINE)
@@ -89,8 +88,7 @@ def _is_zen5_or_later(cpuinfo: str = '/proc/cpuinfo') -> bool:
 
 
 #: Whether oneDNN multiplies twice as fast in fp32 as MKL, which uses 256 bits on AMD: all that the
-#: vector units of Zen 4 have, half of what those of Zen 5 have. Elsewhere the two are equals, and
-#: MKL's product and PyTorch's fused attention, which is made of it, have less to do besides.
+#: vector units of Zen 4 have, half of what those of Zen 5 have. Elsewhere the two are equals.
 MKL_IS_NARROW = _is_zen5_or_later()
 
 
@@ -414,32 +412,12 @@ def projected_attention(
     query, proj = _cast(query, dtype), _cast(proj, dtype)
     out = torch.empty_like(x)
     for tokens, k, v, result in zip(x, key, value, out):
-        attend, piece = _attention_to(k, v, num_heads)
-        for rows in _pieces(len(tokens), piece):
+        heads = _prepared(k, v, num_heads)
+        for rows in _pieces(len(tokens), PIECE // len(k)):
             queries = product(_normed(tokens[rows], norm, dtype), *query)  # (n, C)
-            result[rows] = product(attend(queries), *proj)
+            _attend(queries, heads, out=queries)
+            result[rows] = product(queries, *proj)
     return out
-
-
-def _attention_to(
-    key: Tensor, value: Tensor, num_heads: int
-) -> tuple[Callable[[Tensor], Tensor], int]:
-    """Return the attention to keys and values (M, C), and to how many queries it is best applied.
-
-    It takes queries (n, C), returns the result of this shape, and may leave it in their place.
-    """
-    if key.dtype == torch.float32 and not MKL_IS_NARROW:
-        fused = functools.partial(_fused, key=key, value=value, num_heads=num_heads)
-        return fused, PIECE // key.shape[1]
-    heads = _prepared(key, value, num_heads)
-    return functools.partial(_attend, heads=heads), PIECE // len(key)
-
-
-def _fused(queries: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
-    """Attend by PyTorch's fused kernel."""
-    q, k, v = (t.unflatten(1, (num_heads, -1)).transpose(0, 1) for t in (queries, key, value))
-    out = F.scaled_dot_product_attention(q[None], k[None], v[None])[0]  # (heads, n, C/heads)
-    return out.transpose(0, 1).flatten(1)
 
 
 class Head(NamedTuple):
@@ -461,18 +439,17 @@ def _prepared(key: Tensor, value: Tensor, num_heads: int) -> list[Head]:
     ]
 
 
-def _attend(queries: Tensor, heads: list[Head]) -> Tensor:
-    """Attend from some queries (n, C), a head at a time, into their place."""
-    split = queries.unflatten(1, (len(heads), -1)).unbind(1)
-    for q, head, longest in zip(split, heads, _longest(queries, len(heads))):
+def _attend(queries: Tensor, heads: list[Head], out: Tensor) -> None:
+    """Attend from some queries (n, C) into ``out``, a head at a time; both may be one tensor."""
+    split, outs = (t.unflatten(1, (len(heads), -1)).unbind(1) for t in (queries, out))
+    for q, o, head, longest in zip(split, outs, heads, _longest(queries, len(heads))):
         scores = product(q.contiguous(), head.keys)  # (n, M)
         if longest * head.longest < MAX_POWER:  # bounds each score; not so for NaN
             weights = scores.exp2_()
             total = weights.sum(-1, keepdim=True, dtype=_wide(q))
-            torch.div(product(weights, head.values), total, out=q)
+            torch.div(product(weights, head.values), total, out=o)
         else:
-            q.copy_(product(scores.mul_(1 / LOG2_E).softmax(-1), head.values))
-    return queries
+            o.copy_(product(scores.mul_(1 / LOG2_E).softmax(-1), head.values))
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
@@ -481,12 +458,11 @@ def attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tens
     Shape:
         query: (B, N, C); key and value: (B, M, C) -> (B, N, C).
     """
-    out = query.clone()
-    for tokens, k, v in zip(out, key, value):
-        attend, piece = _attention_to(k, v, num_heads)
-        for rows in _pieces(len(tokens), piece):
-            queries = tokens[rows]
-            queries.copy_(attend(queries))  # nothing to do where it is in place already
+    out = torch.empty_like(query)
+    for queries, k, v, o in zip(query, key, value, out):
+        heads = _prepared(k, v, num_heads)
+        for rows in _pieces(len(queries), PIECE // len(k)):
+            _attend(queries[rows], heads, o[rows])
     return out
 
 

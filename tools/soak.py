@@ -123,12 +123,13 @@ def soak(iterations: int) -> list[Series]:
     from make_demo_data import make_demo_data  # what it imports need not count
 
     rows: list[Series] = []
+    total = round(iterations / (1 - WARM_UP))
     with tempfile.TemporaryDirectory() as folder:
-        make_demo_data(f'{folder}/data', train=TRAIN_IMAGES, val=2 * iterations)
+        make_demo_data(f'{folder}/data', train=TRAIN_IMAGES, val=total)
         # No bar: what the trainings log would break it.
         for task, config in progress.track(CONFIGS.items(), len(CONFIGS), 'tasks', bar=False):
             path, data = str(ROOT / 'configs' / config), f'{folder}/data/{DATA[task]}'
-            arguments = (task, path, data, 2 * iterations, f'{folder}/{task}')
+            arguments = (task, path, data, total, f'{folder}/{task}')
             with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
                 rows += pool.submit(watch, *arguments).result()
     return rows
