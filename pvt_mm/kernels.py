@@ -1,4 +1,4 @@
-"""CPU kernels behind ``pvt_mm.ops``: products by oneDNN, in pieces that stay in the cache.
+"""CPU kernels behind ``pvt_mm.ops``: products by oneDNN or MKL, in pieces that stay in the cache.
 
 PyTorch's own forms write whole hidden layers and attention matrices to memory and read them back;
 at detection sizes that costs more than the arithmetic. These kernels make a piece, use it and
@@ -9,10 +9,11 @@ Each has a plain twin in ``pvt_mm.ops`` with the same result.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,15 +35,44 @@ LOG2_E = math.log2(math.e)
 
 Layer = tuple[Tensor, Tensor]
 Norm = Callable[[Tensor], Tensor]
+Kernel = TypeVar('Kernel', bound=Callable)
 
-# oneDNN's operations with an activation behind them. Inductor's own, not public: hence the other
-# road beside each use.
+# oneDNN's operations with an activation behind them, and whether it takes bf16. Inductor's own, not
+# public: hence the other road beside each use.
 _linear: Any = getattr(torch.ops.mkldnn, '_linear_pointwise', None)
 _convolution: Any = getattr(torch.ops.mkldnn, '_convolution_pointwise', None)
+_has_bf16: Any = getattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', None)
 PLAIN: tuple = ('none', [], '')
 GELU: tuple = ('gelu', [], 'none')  # the exact form, no approximation
 
+#: Whether the vector units are AVX2's. There MKL multiplies faster in fp32 than oneDNN, whose GELU
+#: is slow too, and PyTorch's fused attention, made of MKL's products, beats the one in pieces.
+MKL_IS_FASTER = (
+    torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == 'AVX2'
+)
 
+#: Whether oneDNN has no way to multiply bf16 on this CPU, so that PyTorch does it in plain loops.
+BF16_IS_SLOW = _has_bf16 is not None and not _has_bf16()
+
+
+def rounded(kernel: Kernel) -> Kernel:
+    """Let a kernel run in fp32 on bf16 tensors where bf16 is slow, and round its results.
+
+    The sums are of fp32 either way.
+    """
+
+    @functools.wraps(kernel)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not BF16_IS_SLOW or args[0].dtype != torch.bfloat16:
+            return kernel(*args, **kwargs)
+        with torch.autocast('cpu', enabled=False):
+            out = kernel(*(a.float() if isinstance(a, Tensor) else a for a in args), **kwargs)
+        return out.bfloat16() if isinstance(out, Tensor) else tuple(t.bfloat16() for t in out)
+
+    return cast(Kernel, run)
+
+
+@rounded
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
     """Multiply by a weight as ``torch.nn.functional.linear`` does, without autograd.
 
@@ -50,15 +80,18 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = 
         x: Tokens.
         weight: Contiguous, or the transpose of what is.
         bias: Added to the product.
-        gelu: Activate the result, while it is in registers.
+        gelu: Activate the result, while it is in registers or at least in the cache.
 
     Shape:
         x: (..., in) -> (..., out); weight: (out, in); bias: (out,).
     """
-    if _linear is not None and x.dtype in (torch.float32, torch.bfloat16):
+    if MKL_IS_FASTER and x.dtype == torch.float32:
+        out = F.linear(x, weight, bias)
+    elif _linear is not None and x.dtype in (torch.float32, torch.bfloat16):
         return _linear(x, weight, bias, *(GELU if gelu else PLAIN))
-    out = convolved(x, weight, bias)
-    return F.gelu(out) if gelu else out
+    else:
+        out = convolved(x, weight, bias)
+    return torch.ops.aten.gelu_(out) if gelu else out
 
 
 def convolved(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -92,6 +125,7 @@ def _is_zen5_or_later(cpuinfo: str = '/proc/cpuinfo') -> bool:
 MKL_IS_NARROW = _is_zen5_or_later()
 
 
+@rounded
 def weight_grad(grad: Tensor, x: Tensor) -> Tensor:
     """Gradient of a product's weight.
 
@@ -235,25 +269,25 @@ def _mlp_bands(
             x = product(band, fc1[0][channels], fc1[1][channels])  # (h, W, block)
             if relu:
                 x.relu_()
-            x = _depthwise_gelu(x[None], (dwconv[0][channels], dwconv[1][channels]))[0]
+            x = _depthwise_gelu(x[None], dwconv[0][channels], dwconv[1][channels])[0]
             x = x[rows.start - top : rows.stop - top]
             part = product(x, weight, fc2[1] if total is None else None)
             total = part if total is None else total.add_(part)
         yield rows, total
 
 
-def _depthwise(x: Tensor, dwconv: Layer) -> Tensor:
+@rounded
+def _depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Convolve each channel of (B, H, W, C) with its own 3x3 kernel."""
     image = x.permute(0, 3, 1, 2)  # (B, C, H, W), channels-last
-    weight, bias = dwconv
     out = F.conv2d(image, weight, bias, padding=1, groups=len(weight))
     return out.permute(0, 2, 3, 1)
 
 
-def _depthwise_gelu(x: Tensor, dwconv: Layer) -> Tensor:
-    weight, bias = dwconv
+@rounded
+def _depthwise_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if _convolution is None or x.dtype not in (torch.float32, torch.bfloat16):
-        return F.gelu(_depthwise(x, dwconv))
+        return F.gelu(_depthwise(x, weight, bias))
     ones = [1, 1]
     image = x.permute(0, 3, 1, 2)  # (B, C, H, W), channels-last
     out = _convolution(image, weight, bias, ones, ones, ones, len(weight), *GELU)
@@ -314,7 +348,7 @@ class MlpFunction(torch.autograd.Function):
                 grad_h = torch.ops.aten.gelu_backward(product(grad_part, weight2_t), middle)
                 if depthwise:
                     grad_h, grad_dw[channels], grad_dw_bias[channels] = _depthwise_grads(
-                        grad_h, first, layers[3]
+                        grad_h, first, layers[3][0]
                     )
                 if ctx.relu:
                     grad_h = torch.ops.aten.threshold_backward(grad_h, first, 0)
@@ -352,13 +386,13 @@ def _hidden(x: Tensor, layers: tuple, relu: bool) -> tuple[Tensor, Tensor, Tenso
     first = product(x, layers[0], layers[1])
     if relu:
         first.relu_()
-    middle = first if layers[3] is None else _depthwise(first, layers[3])
+    middle = first if layers[3] is None else _depthwise(first, *layers[3])
     return first, middle, F.gelu(middle)
 
 
-def _depthwise_grads(grad: Tensor, x: Tensor, dwconv: Layer) -> tuple[Tensor, Tensor, Tensor]:
+@rounded
+def _depthwise_grads(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the depth-wise convolution: of its input (B, H, W, C), weight and bias."""
-    weight, _ = dwconv
     grad_image, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
         grad.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight, [len(weight)],
         [1, 1], [1, 1], [1, 1], False, [0, 0], len(weight), [True, True, True],
@@ -369,6 +403,19 @@ def _depthwise_grads(grad: Tensor, x: Tensor, dwconv: Layer) -> tuple[Tensor, Te
 # Attention
 
 
+@rounded
+def convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int = 0
+) -> Tensor:
+    """Convolve tokens with a strided kernel.
+
+    Shape:
+        x: (B, H, W, in) -> (B, H', W', out); weight: (out, in, k, k); bias: (out,).
+    """
+    image = x.permute(0, 3, 1, 2)  # (B, in, H, W), channels-last
+    return F.conv2d(image, weight, bias, stride, padding).permute(0, 2, 3, 1)
+
+
 def reduced(x: Tensor, norm: Norm, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
     """Normalise tokens and shrink their grid by a convolution whose patches touch, band by band.
 
@@ -377,11 +424,11 @@ def reduced(x: Tensor, norm: Norm, weight: Tensor, bias: Tensor | None, stride: 
     """
     height = x.shape[1] // stride * stride
     band = max(PIECE // x[:, :stride].numel(), 1) * stride
-    parts = []
-    for rows in _pieces(height, band):
-        image = norm(x[:, rows]).permute(0, 3, 1, 2)  # (B, C, h, W), channels-last
-        parts.append(F.conv2d(image, weight, bias, stride))
-    return torch.cat(parts, 2).permute(0, 2, 3, 1)
+    parts = [
+        convolution(norm(x[:, rows]).to(weight.dtype), weight, bias, stride)
+        for rows in _pieces(height, band)
+    ]
+    return torch.cat(parts, 1)
 
 
 def projected_attention(
@@ -412,12 +459,32 @@ def projected_attention(
     query, proj = _cast(query, dtype), _cast(proj, dtype)
     out = torch.empty_like(x)
     for tokens, k, v, result in zip(x, key, value, out):
-        heads = _prepared(k, v, num_heads)
-        for rows in _pieces(len(tokens), PIECE // len(k)):
+        attend, piece = _attention_to(k, v, num_heads)
+        for rows in _pieces(len(tokens), piece):
             queries = product(_normed(tokens[rows], norm, dtype), *query)  # (n, C)
-            _attend(queries, heads, out=queries)
-            result[rows] = product(queries, *proj)
+            result[rows] = product(attend(queries), *proj)
     return out
+
+
+def _attention_to(
+    key: Tensor, value: Tensor, num_heads: int
+) -> tuple[Callable[[Tensor], Tensor], int]:
+    """Return the attention to keys and values (M, C), and how many queries it best takes at a time.
+
+    It takes queries (n, C), which it may overwrite, and returns the result in this shape.
+    """
+    if MKL_IS_FASTER:
+        fused = functools.partial(_fused, key=key, value=value, num_heads=num_heads)
+        return fused, PIECE // key.shape[1]
+    heads = _prepared(key, value, num_heads)
+    return functools.partial(_attend, heads=heads), PIECE // len(key)
+
+
+def _fused(queries: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
+    """Attend by PyTorch's fused kernel."""
+    q, k, v = (t.unflatten(1, (num_heads, -1)).transpose(0, 1) for t in (queries, key, value))
+    out = F.scaled_dot_product_attention(q[None], k[None], v[None])[0]  # (heads, n, C/heads)
+    return out.transpose(0, 1).flatten(1)
 
 
 class Head(NamedTuple):
@@ -439,17 +506,18 @@ def _prepared(key: Tensor, value: Tensor, num_heads: int) -> list[Head]:
     ]
 
 
-def _attend(queries: Tensor, heads: list[Head], out: Tensor) -> None:
-    """Attend from some queries (n, C) into ``out``, a head at a time; both may be one tensor."""
-    split, outs = (t.unflatten(1, (len(heads), -1)).unbind(1) for t in (queries, out))
-    for q, o, head, longest in zip(split, outs, heads, _longest(queries, len(heads))):
+def _attend(queries: Tensor, heads: list[Head]) -> Tensor:
+    """Attend from some queries (n, C), a head at a time, and leave the result in their place."""
+    split = queries.unflatten(1, (len(heads), -1)).unbind(1)
+    for q, head, longest in zip(split, heads, _longest(queries, len(heads))):
         scores = product(q.contiguous(), head.keys)  # (n, M)
         if longest * head.longest < MAX_POWER:  # bounds each score; not so for NaN
             weights = scores.exp2_()
             total = weights.sum(-1, keepdim=True, dtype=_wide(q))
-            torch.div(product(weights, head.values), total, out=o)
+            torch.div(product(weights, head.values), total, out=q)
         else:
-            o.copy_(product(scores.mul_(1 / LOG2_E).softmax(-1), head.values))
+            q.copy_(product(scores.mul_(1 / LOG2_E).softmax(-1), head.values))
+    return queries
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
@@ -458,11 +526,11 @@ def attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tens
     Shape:
         query: (B, N, C); key and value: (B, M, C) -> (B, N, C).
     """
-    out = torch.empty_like(query)
-    for queries, k, v, o in zip(query, key, value, out):
+    out = query.clone()
+    for queries, k, v in zip(out, key, value):
         heads = _prepared(k, v, num_heads)
         for rows in _pieces(len(queries), PIECE // len(k)):
-            _attend(queries[rows], heads, o[rows])
+            _attend(queries[rows], heads)
     return out
 
 

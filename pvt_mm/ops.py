@@ -20,7 +20,7 @@ from . import kernels
 Layer = kernels.Layer
 Norm = kernels.Norm
 
-#: Queries x keys from which attention in pieces beats PyTorch's fused one.
+#: Queries x keys from which attention in pieces beats one call of PyTorch's fused one.
 PIECED_SCORES = 2**17
 
 
@@ -160,7 +160,7 @@ def attention(
     Shape:
         query: (B, N, C); key and value: (B, M, C) -> (B, N, C).
     """
-    if drop_rate or not _in_pieces(query, key):
+    if drop_rate or kernels.MKL_IS_FASTER or not _has_many_scores(query, key):
         return plain_attention(query, key, value, num_heads, drop_rate)
     if not needs_grad(query, key, value):
         return kernels.attention(query, key, value, num_heads)
@@ -192,7 +192,7 @@ def projected_attention(
     Shape:
         x: (B, N, C); key and value: (B, M, C) -> (B, N, C).
     """
-    if not (drop_rate or needs_grad(x, key, *query, *proj)) and _in_pieces(x, key):
+    if not (drop_rate or needs_grad(x, key, *query, *proj)) and _has_many_scores(x, key):
         dtype = compute_dtype(x)
         return kernels.projected_attention(x, norm, query, key, value, proj, num_heads, dtype)
     x = x if norm is None else norm(x)
@@ -200,7 +200,7 @@ def projected_attention(
     return linear(out, *proj)
 
 
-def _in_pieces(query: Tensor, key: Tensor) -> bool:
+def _has_many_scores(query: Tensor, key: Tensor) -> bool:
     return on_cpu_kernels(query) and query.shape[1] * key.shape[1] >= PIECED_SCORES
 
 
@@ -236,10 +236,13 @@ def convolution(
         x: (B, H, W, in) -> (B, H', W', out); weight: (out, in, k, k); bias: (out,).
     """
     if on_cpu_kernels(x):
+        dtype = compute_dtype(x)
         # oneDNN's own reordering of a plain weight takes longer than the convolution at 224 x 224.
-        weight = weight.contiguous(memory_format=torch.channels_last)
+        weight = weight.to(dtype, memory_format=torch.channels_last)
+        bias = None if bias is None else bias.to(dtype)
         if norm is not None:
             return kernels.reduced(x, norm, weight, bias, stride)
+        return kernels.convolution(x.to(dtype), weight, bias, stride, padding)
     x = x if norm is None else norm(x)
     image = x.permute(0, 3, 1, 2)  # (B, in, H, W), channels-last
     return F.conv2d(image, weight, bias, stride, padding).permute(0, 2, 3, 1)

@@ -1,21 +1,33 @@
 """The fast CPU kernels give what PyTorch's plain operations give, gradients included."""
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import SMALL
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pvt_mm import PVT, PVTv2, kernels, ops
 
 few = settings(max_examples=25, deadline=None)
 
 
-@pytest.fixture(autouse=True, params=[False, True], ids=['mkl-wide', 'mkl-narrow'])
+#: What each kind of CPU sets; what is left out stays what it is here.
+CPUS = {
+    'avx2': dict(MKL_IS_FASTER=True, MKL_IS_NARROW=False, BF16_IS_SLOW=True),
+    'zen4': dict(MKL_IS_FASTER=False, MKL_IS_NARROW=False),
+    'zen5': dict(MKL_IS_FASTER=False, MKL_IS_NARROW=True),
+}
+
+
+@pytest.fixture(autouse=True, params=CPUS.values(), ids=CPUS)
 def small_pieces(monkeypatch, request):
-    """Pieces of a few rows, so that small tensors are cut as large ones are; either kind of CPU."""
-    monkeypatch.setattr(kernels, 'MKL_IS_NARROW', request.param)
+    """Pieces of a few rows, so that small tensors are cut as large ones are; all kinds of CPU."""
+    for name, value in request.param.items():
+        monkeypatch.setattr(kernels, name, value)
     monkeypatch.setattr(kernels, 'PIECE', 2**9)
     monkeypatch.setattr(kernels, 'BLOCK', 16)
     monkeypatch.setattr(ops, 'PIECED_SCORES', 1)
@@ -298,6 +310,54 @@ def test_bf16_error_is_small(backbone, grad):
             rough = model(x)
     for ours, plain in zip(rough, exact):
         close(ours.detach().float(), plain.detach(), 0.05)
+
+
+class Products(TorchDispatchMode):
+    """Notes the products and convolutions that run, with the dtype of their first tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if re.search('mm$|linear|convolution', name):
+            dtypes = [arg.dtype for arg in args if isinstance(arg, torch.Tensor)]
+            self.seen.setdefault(dtypes[0], set()).add(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('backbone', [PVT, PVTv2])
+@pytest.mark.parametrize('grad', [False, True])
+def test_nothing_multiplies_bf16_where_that_is_slow(backbone, grad, monkeypatch):
+    """Forward and backward, products run in fp32 and their results are rounded to bf16."""
+    monkeypatch.setattr(kernels, 'BF16_IS_SLOW', True)
+    model = backbone(arch=SMALL, compute_dtype='bfloat16').train(grad)
+    with torch.set_grad_enabled(grad), Products() as products:
+        outs = model(draw(2, 3, 96, 64, seed=1))
+        if grad:
+            sum(out.square().mean() for out in outs).backward()
+    assert set(products.seen) == {torch.float32}, products.seen
+
+
+@pytest.mark.parametrize('slow', [False, True])
+def test_bf16_results_are_rounded_once(slow, monkeypatch):
+    """A kernel in fp32 gives bf16 again, also under autocast and where it returns several."""
+    monkeypatch.setattr(kernels, 'BF16_IS_SLOW', slow)
+    inside = torch.float32 if slow else torch.bfloat16
+
+    @kernels.rounded
+    def kernel(x, y, factor=1.0):
+        assert x.dtype == y.dtype == inside
+        assert ops.is_autocast('cpu') != slow
+        return x * factor + y, y
+
+    x, y = draw(8, seed=0).bfloat16(), draw(8, seed=1).bfloat16()
+    with torch.autocast('cpu', torch.bfloat16):
+        total, same = kernel(x, y, factor=3.0)
+    assert total.dtype == torch.bfloat16 and torch.equal(same, y)
+    if slow:
+        assert torch.equal(total, (x.float() * 3 + y.float()).bfloat16())
 
 
 @pytest.mark.parametrize('backbone', [PVT, PVTv2])
