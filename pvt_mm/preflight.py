@@ -15,6 +15,7 @@ from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapperDict
 from torch import nn
 
+from . import kernels
 from .checkpoint import recognise_arch, to_atoms
 from .formats import PVT_MM
 from .hooks import _inner
@@ -56,6 +57,7 @@ class Facts:
         work_dir: Folder of logs and checkpoints.
         transformer: Whether the model holds one.
         batch_norms: BatchNorm layers that take statistics of each device's batch.
+        slow_bf16: Whether a backbone computes in bf16 on a CPU that cannot multiply it.
     """
 
     config: str
@@ -75,6 +77,7 @@ class Facts:
     work_dir: str
     transformer: bool = False
     batch_norms: int = 0
+    slow_bf16: bool = False
 
     @property
     def scaled_batch(self) -> int:
@@ -122,6 +125,11 @@ def warnings_of(facts: Facts) -> list[str]:
         found.append(
             f'{facts.batch_norms} BatchNorm layers see one image at a time: norm_eval=True, GN, or '
             'train_dataloader.batch_size=2 or more.'
+        )
+    if facts.slow_bf16:
+        found.append(
+            'this CPU has no instructions for bf16, which only costs time then: leave out --amp '
+            'and compute_dtype.'
         )
     return found
 
@@ -317,6 +325,7 @@ def facts_of(runner: Any, weights: list[str]) -> Facts:
         work_dir=str(runner.work_dir),
         transformer=any(map(_is_transformer, model.modules())),
         batch_norms=sum(_sees_its_batch(module) for module in model.modules()),
+        slow_bf16=any(map(_has_slow_bf16, _backbones(model).values())),
     )
 
 
@@ -365,6 +374,11 @@ def _precision(wrapper: Any, model: nn.Module) -> str:
         if backbone.compute_dtype:
             return f'{backbone.compute_dtype} in the backbone, float32 elsewhere'
     return 'float32'
+
+
+def _has_slow_bf16(backbone: PyramidBackbone) -> bool:
+    on_cpu = next(backbone.parameters()).device.type == 'cpu'
+    return on_cpu and backbone.compute_dtype == 'bfloat16' and kernels.BF16_IS_SLOW
 
 
 def _device(model: nn.Module) -> str:

@@ -11,9 +11,10 @@ from conftest import forget_runs, run_main, write_config
 from hypothesis import given
 from hypothesis import strategies as st
 from mmengine.utils import ManagerMixin
+from reference import SMALL
 from torch import nn
 
-from pvt_mm import preflight
+from pvt_mm import PVT, kernels, preflight
 
 SOUND = preflight.Facts(
     config='configs/a.py',
@@ -51,6 +52,7 @@ SOUND = preflight.Facts(
         (dict(per_device=1, devices=16, batch_norms=3), ['3 BatchNorm layers', 'norm_eval=True']),
         (dict(per_device=1, devices=16), []),
         (dict(batch_norms=3), []),
+        (dict(slow_bf16=True), ['no instructions for bf16', 'leave out --amp']),
     ],
 )
 def test_each_trap_is_told_with_its_way_out(changes, texts):
@@ -107,6 +109,17 @@ def test_batch_norms_that_train_are_counted():
     assert [preflight._sees_its_batch(layer) for layer in layers] == [True, False, False]
 
 
+@pytest.mark.parametrize('slow', [False, True])
+@pytest.mark.parametrize('dtype', [None, 'bfloat16'])
+@pytest.mark.parametrize('device', ['cpu', 'meta'])
+def test_bf16_is_slow_on_some_cpus(slow, dtype, device, monkeypatch):
+    """The warning is for a backbone in bf16, on a CPU, and one that lacks it."""
+    monkeypatch.setattr(kernels, 'BF16_IS_SLOW', slow)
+    backbone = PVT(arch=SMALL, compute_dtype=dtype).to(device)
+    expected = slow and dtype == 'bfloat16' and device == 'cpu'
+    assert preflight._has_slow_bf16(backbone) is expected
+
+
 def box_of(work_dir):
     """The lines of the box in the newest log of a training."""
     logging.shutdown()
@@ -117,11 +130,12 @@ def box_of(work_dir):
     return ' '.join(line.strip('│ ') for line in log[start:end])
 
 
-def test_a_training_logs_what_it_is_given(trained, demo_data, tmp_path):
+def test_a_training_logs_what_it_is_given(trained, demo_data, tmp_path, monkeypatch):
     """From nothing it warns; from a checkpoint it counts the tensors that were really written."""
     first = trained('det')
     box = box_of(first.work_dir)
     assert 'no weights are loaded' in box and 'weights     none' in box
+    assert 'bf16' not in box
     assert 'train       6 images, 5 classes (CocoDataset)' in box
     assert '2 a device x 1 device(s) x 1 iteration(s)' in box
     assert 'for a batch of 16; not scaled' in box
@@ -134,11 +148,13 @@ def test_a_training_logs_what_it_is_given(trained, demo_data, tmp_path):
         weights[key] = weights[key][:9]
     torch.save({'state_dict': weights}, tmp_path / 'other.pth')
     forget_runs(ManagerMixin)
+    monkeypatch.setattr(kernels, 'BF16_IS_SLOW', True)
     run_main(
         tmp_path, 'train', first.config, *first.data, '--work-dir', tmp_path / 'run',
-        '--load-from', tmp_path / 'other.pth', '--auto-scale-lr',
+        '--load-from', tmp_path / 'other.pth', '--auto-scale-lr', '--amp',
     )  # fmt: skip
     box = box_of(tmp_path / 'run')
+    assert 'bfloat16 in the backbone' in box and 'no instructions for bf16' in box
     assert f'loaded {own} of {own} backbone tensors' in box
     assert f'the rest of the model: loaded {len(rest) - 2} of {len(rest)} tensors' in box
     assert 'load_from: ' in box and 'no weights' not in box
