@@ -474,17 +474,24 @@ def _attention_to(
     It takes queries (n, C), which it may overwrite, and returns the result in this shape.
     """
     if MKL_IS_FASTER:
-        fused = functools.partial(_fused, key=key, value=value, num_heads=num_heads)
-        return fused, PIECE // key.shape[1]
+        k, v = key[None], value[None]
+        return lambda q: fused_attention(q[None], k, v, num_heads)[0], PIECE // key.shape[1]
     heads = _prepared(key, value, num_heads)
     return functools.partial(_attend, heads=heads), PIECE // len(key)
 
 
-def _fused(queries: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
-    """Attend by PyTorch's fused kernel."""
-    q, k, v = (t.unflatten(1, (num_heads, -1)).transpose(0, 1) for t in (queries, key, value))
-    out = F.scaled_dot_product_attention(q[None], k[None], v[None])[0]  # (heads, n, C/heads)
-    return out.transpose(0, 1).flatten(1)
+def fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, num_heads: int, drop_rate: float = 0.0
+) -> Tensor:
+    """Run ``pvt_mm.ops.attention`` by PyTorch's fused kernel, which autograd can follow.
+
+    Shape:
+        query: (B, N, C); key and value: (B, M, C) -> (B, N, C).
+    """
+    # A list, since the compiler of PyTorch 2.1 cannot follow a generator.
+    q, k, v = [t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (query, key, value)]
+    out = F.scaled_dot_product_attention(q, k, v, dropout_p=drop_rate)  # (B, heads, N, C/heads)
+    return out.transpose(1, 2).flatten(2)
 
 
 class Head(NamedTuple):

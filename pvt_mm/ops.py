@@ -208,10 +208,7 @@ def plain_attention(
     query: Tensor, key: Tensor, value: Tensor, num_heads: int, drop_rate: float = 0.0
 ) -> Tensor:
     """Compute ``attention`` by PyTorch's fused kernel."""
-    # A list, since the compiler of PyTorch 2.1 cannot follow a generator.
-    q, k, v = [t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (query, key, value)]
-    out = F.scaled_dot_product_attention(q, k, v, dropout_p=drop_rate)  # (B, heads, N, C/heads)
-    return out.transpose(1, 2).flatten(2)
+    return kernels.fused_attention(query, key, value, num_heads, drop_rate)
 
 
 def convolution(
