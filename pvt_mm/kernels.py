@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -20,9 +19,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-#: Elements of an intermediate buffer. A few such buffers share the last-level cache, and each stays
-#: below the size from which the C library gives memory back to the system at once.
-PIECE = 2**20
+from .cpu import last_level_cache, vendor_and_family
+
+# glibc gives what tensors free back to the system, and then gets it again page by page at every
+# pass. A block just below 32 MiB, the largest it learns from, makes it keep up to 64 MiB. Nothing
+# is written to it, so that it takes no memory itself.
+torch.empty(31 * 2**20, dtype=torch.uint8)
+
+VENDOR, FAMILY = vendor_and_family()
+
+#: Elements of an intermediate buffer, some of which share the last-level cache: 4 MiB of 32, 8 of
+#: 64 or more.
+PIECE = 2**21 if last_level_cache() >= 2**26 else 2**20
+
+#: Elements of a hidden layer up to which training keeps it, rather than make it again.
+KEPT = 2**21
 
 #: Hidden channels that go through the depth-wise convolution together.
 BLOCK = 128
@@ -46,24 +57,38 @@ PLAIN: tuple = ('none', [], '')
 GELU: tuple = ('gelu', [], 'none')  # the exact form, no approximation
 
 #: Whether the vector units are AVX2's. There MKL multiplies faster in fp32 than oneDNN, whose GELU
-#: is slow too, and PyTorch's fused attention, made of MKL's products, beats the one in pieces.
+#: is slow too.
 MKL_IS_FASTER = (
     torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == 'AVX2'
 )
+
+#: Whether PyTorch's fused attention, which is made of MKL's products, beats the one in pieces.
+FUSED_ATTENTION_IS_FASTER = MKL_IS_FASTER or (
+    torch.backends.mkl.is_available() and VENDOR == 'GenuineIntel'
+)
+
+#: Whether oneDNN multiplies twice as fast in fp32 as MKL, which uses 256 bits on AMD: all that the
+#: vector units of Zen 4 have, half of what those of Zen 5 (family 26) have. Elsewhere the two are
+#: equals.
+MKL_IS_NARROW = VENDOR == 'AuthenticAMD' and FAMILY >= 26
 
 #: Whether oneDNN has no way to multiply bf16 on this CPU, so that PyTorch does it in plain loops.
 BF16_IS_SLOW = _has_bf16 is not None and not _has_bf16()
 
 
-def rounded(kernel: Kernel) -> Kernel:
-    """Let a kernel run in fp32 on bf16 tensors where bf16 is slow, and round its results.
+def _never(*args: Any) -> bool:
+    return False
+
+
+def rounded(kernel: Kernel, wrong: Callable[..., bool] = _never) -> Kernel:
+    """Let a kernel run in fp32 on bf16 tensors where bf16 is slow or wrong, and round its results.
 
     The sums are of fp32 either way.
     """
 
     @functools.wraps(kernel)
     def run(*args: Any, **kwargs: Any) -> Any:
-        if not BF16_IS_SLOW or args[0].dtype != torch.bfloat16:
+        if args[0].dtype != torch.bfloat16 or not (BF16_IS_SLOW or wrong(*args)):
             return kernel(*args, **kwargs)
         with torch.autocast('cpu', enabled=False):
             out = kernel(*(a.float() if isinstance(a, Tensor) else a for a in args), **kwargs)
@@ -107,22 +132,6 @@ def convolved(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _image(x: Tensor) -> Tensor:
     """View tokens (..., C) as a channels-last image (1, C, N, 1)."""
     return x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
-
-
-def _is_zen5_or_later(cpuinfo: str = '/proc/cpuinfo') -> bool:
-    """Whether this is an AMD processor of family 26 or above, where Linux tells."""
-    try:
-        with open(cpuinfo) as file:
-            text = file.read(512)  # the first core's; hundreds of cores take long to list
-    except OSError:
-        return False
-    family = re.search(r'^cpu family\s*: (\d+)$', text, re.MULTILINE)
-    return 'AuthenticAMD' in text and family is not None and int(family[1]) >= 26
-
-
-#: Whether oneDNN multiplies twice as fast in fp32 as MKL, which uses 256 bits on AMD: all that the
-#: vector units of Zen 4 have, half of what those of Zen 5 have. Elsewhere the two are equals.
-MKL_IS_NARROW = _is_zen5_or_later()
 
 
 @rounded
@@ -298,7 +307,7 @@ def _depthwise_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 class MlpFunction(torch.autograd.Function):
-    """``pvt_mm.ops.mlp`` that keeps only its input."""
+    """``pvt_mm.ops.mlp`` that keeps its input, and its hidden layer only where that is small."""
 
     @staticmethod
     def forward(
@@ -315,53 +324,92 @@ class MlpFunction(torch.autograd.Function):
     ) -> Tensor:
         """Run the perceptron in ``dtype``."""
         ctx.relu, ctx.dtype = relu, dtype
-        ctx.save_for_backward(x, weight1, bias1, weight2, bias2, dw_weight, dw_bias)
-        dwconv: Any = None if dw_weight is None else (dw_weight, dw_bias)
-        return mlp(x, (weight1, bias1), (weight2, bias2), dwconv, relu, dtype)
+        saved = (x, weight1, bias1, weight2, bias2, dw_weight, dw_bias)
+        if x.numel() // x.shape[-1] * len(weight1) > KEPT:
+            ctx.save_for_backward(*saved)
+            dwconv: Any = None if dw_weight is None else (dw_weight, dw_bias)
+            return mlp(x, (weight1, bias1), (weight2, bias2), dwconv, relu, dtype)
+        layers = _block_layers(saved, slice(None), dtype)
+        hidden = _hidden(x.to(dtype), layers, relu)
+        ctx.save_for_backward(*saved, *hidden)
+        return product(F.gelu(hidden[1]), layers[2], bias2.to(dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Make each part of the hidden layer again and send the gradient through it."""
-        saved = ctx.saved_tensors  # once: under with_cp a second look is an error
-        x, weight1, bias1, weight2, bias2, dw_weight, dw_bias = saved
-        shape = x.shape
-        x, grad = x.to(ctx.dtype), grad.to(ctx.dtype).contiguous()
-        if dw_weight is None:  # tokens do not meet, so that any of them make a part
-            x, grad = (t.reshape(1, 1, -1, shape[-1]) for t in (x, grad))
-        grad_x = torch.empty_like(x)
-        grads: list[Any] = [None if t is None else torch.empty_like(t) for t in saved[1:]]
-        grad1, grad_bias1, grad2, grad_bias2, grad_dw, grad_dw_bias = grads
-        grad_bias2.copy_(grad.flatten(0, 2).sum(0))
-        depthwise, hidden = dw_weight is not None, len(weight1)
-        whole = slice(None)
-        column_parts = _pieces(x.shape[2], PIECE // hidden)
-        for channels in _channel_parts(x, hidden) if depthwise else [whole]:
-            layers = _block_layers(saved, channels, x.dtype)
-            weight1_t, weight2_t = layers[0].t(), layers[2].t()
-            sums: Any = None
-            for columns in [whole] if depthwise else column_parts:
-                part, grad_part = x[:, :, columns], grad[:, :, columns]
-                first, middle, last = _hidden(part, layers, ctx.relu)
-                grad_weight2 = weight_grad(grad_part.flatten(0, 2), last.flatten(0, 2))
-                del last
-                grad_h = torch.ops.aten.gelu_backward(product(grad_part, weight2_t), middle)
-                if depthwise:
-                    grad_h, grad_dw[channels], grad_dw_bias[channels] = _depthwise_grads(
-                        grad_h, first, layers[3][0]
-                    )
-                if ctx.relu:
-                    grad_h = torch.ops.aten.threshold_backward(grad_h, first, 0)
-                del first, middle
-                rows = grad_h.flatten(0, 2)
-                new = weight_grad(rows, part.flatten(0, 2)), rows.sum(0), grad_weight2
-                sums = new if sums is None else [a.add_(b) for a, b in zip(sums, new)]
-                part = product(grad_h, weight1_t)
-                if channels.start:  # not the first channels: 0 or, where not cut, None
-                    part = part.add_(grad_x[:, :, columns])
-                grad_x[:, :, columns] = part
-            grad1[channels], grad_bias1[channels], grad2[:, channels] = sums
-        return grad_x.view(shape), *grads, None, None
+        """Send the gradient through the hidden layer, made again in parts where it is not kept."""
+        tensors = ctx.saved_tensors  # once: under with_cp a second look is an error
+        saved, hidden = tensors[:7], tensors[7:]
+        x, grad = saved[0].to(ctx.dtype), grad.to(ctx.dtype).contiguous()
+        grads: Sequence[Tensor | None]
+        if hidden:
+            layers = _block_layers(saved, slice(None), ctx.dtype)
+            grads = _part_grads(x, grad, layers, hidden, ctx.relu)
+        else:
+            grads = _summed_grads(x, grad, saved, ctx.relu)
+        grad_x, grad1, grad_bias1, grad2, *grad_dwconv = grads
+        grad_bias2 = grad.flatten(0, -2).sum(0)
+        return grad_x, grad1, grad_bias1, grad2, grad_bias2, *grad_dwconv, None, None
+
+
+def _summed_grads(x: Tensor, grad: Tensor, saved: tuple, relu: bool) -> list[Tensor | None]:
+    """Make the hidden layer again part by part, and gather what ``_part_grads`` gives.
+
+    A part is some tokens or, since the convolution needs each channel whole, some channels.
+    """
+    _, weight1, bias1, weight2, _, *dwconv = saved
+    hidden, shape, whole = len(weight1), x.shape, slice(None)
+    if dwconv[0] is None:
+        x, grad = (t.reshape(1, 1, -1, shape[-1]) for t in (x, grad))
+        parts = [(whole, tokens) for tokens in _pieces(x.shape[2], PIECE // hidden)]
+    else:
+        parts = [(channels, whole) for channels in _channel_parts(x, hidden)]
+    sums: list[Any] = [
+        None if t is None else torch.zeros_like(t) for t in (x, weight1, bias1, weight2, *dwconv)
+    ]
+    for channels, tokens in parts:
+        layers = _block_layers(saved, channels, x.dtype)
+        part = x[:, :, tokens]
+        grads = _part_grads(part, grad[:, :, tokens], layers, _hidden(part, layers, relu), relu)
+        places = (whole, whole, tokens), channels, channels, (whole, channels), channels, channels
+        for place, total, new in zip(places, sums, grads):
+            if new is not None:
+                total[place] += new
+    return [sums[0].view(shape), *sums[1:]]
+
+
+def _part_grads(
+    x: Tensor, grad: Tensor, layers: tuple, hidden: Sequence[Tensor], relu: bool
+) -> tuple[Tensor | None, ...]:
+    """Send the gradient through a part of the hidden layer.
+
+    Args:
+        x: Tokens.
+        grad: Gradient of the result for them.
+        layers: What ``_block_layers`` gives.
+        hidden: What ``_hidden`` gives.
+        relu: As for ``mlp``.
+
+    Returns:
+        The gradients of the tokens, of fc1's weight and bias, fc2's weight, and the depth-wise
+        convolution's weight and bias, which are None without one.
+
+    Shape:
+        x and grad: (B, H, W, C); hidden: (B, H, W, channels).
+    """
+    weight1, _, weight2, dwconv = layers
+    first, middle = hidden
+    grad2 = weight_grad(grad.flatten(0, -2), F.gelu(middle).flatten(0, -2))
+    grad_h = product(grad, weight2.t())
+    torch.ops.aten.gelu_backward(grad_h, middle, grad_input=grad_h)
+    grad_dwconv: Sequence[Tensor | None] = (None, None)
+    if dwconv is not None:
+        grad_h, *grad_dwconv = _depthwise_grads(grad_h, first, dwconv[0])
+    if relu:
+        torch.ops.aten.threshold_backward(grad_h, first, 0, grad_input=grad_h)
+    rows = grad_h.flatten(0, -2)
+    grad1 = weight_grad(rows, x.flatten(0, -2))
+    return product(grad_h, weight1.t()), grad1, rows.sum(0), grad2, *grad_dwconv
 
 
 def _channel_parts(x: Tensor, hidden: int) -> Iterator[slice]:
@@ -381,13 +429,12 @@ def _block_layers(saved: tuple, channels: slice, dtype: torch.dtype) -> tuple:
     )
 
 
-def _hidden(x: Tensor, layers: tuple, relu: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the hidden layer after fc1, after the convolution, and after GELU."""
+def _hidden(x: Tensor, layers: tuple, relu: bool) -> tuple[Tensor, Tensor]:
+    """Return the hidden layer after fc1 and after the convolution, before GELU."""
     first = product(x, layers[0], layers[1])
     if relu:
         first.relu_()
-    middle = first if layers[3] is None else _depthwise(first, *layers[3])
-    return first, middle, F.gelu(middle)
+    return first, first if layers[3] is None else _depthwise(first, *layers[3])
 
 
 @rounded
@@ -403,7 +450,12 @@ def _depthwise_grads(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, T
 # Attention
 
 
-@rounded
+def _has_few_channels(x: Tensor, *_: Any) -> bool:
+    """Whether oneDNN's bf16 convolution may be wrong: with AMX, kernels of 4, 8, 16 a side are."""
+    return 4 < x.shape[-1] < 32
+
+
+@functools.partial(rounded, wrong=_has_few_channels)
 def convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int = 0
 ) -> Tensor:
@@ -473,7 +525,7 @@ def _attention_to(
 
     It takes queries (n, C), which it may overwrite, and returns the result in this shape.
     """
-    if MKL_IS_FASTER:
+    if FUSED_ATTENTION_IS_FASTER:
         k, v = key[None], value[None]
         return lambda q: fused_attention(q[None], k, v, num_heads)[0], PIECE // key.shape[1]
     heads = _prepared(key, value, num_heads)
@@ -492,6 +544,23 @@ def fused_attention(
     q, k, v = [t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (query, key, value)]
     out = F.scaled_dot_product_attention(q, k, v, dropout_p=drop_rate)  # (B, heads, N, C/heads)
     return out.transpose(1, 2).flatten(2)
+
+
+def spread_attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
+    """Run ``fused_attention`` so that its backward pass keeps all threads busy.
+
+    That shares out images and heads, no queries; so where these are few, an image's queries count
+    as several images with the same keys and values.
+
+    Shape:
+        query: (B, N, C); key and value: (B, M, C) -> (B, N, C).
+    """
+    length = query.shape[1]
+    parts = math.gcd(length, max(torch.get_num_threads() // (len(query) * num_heads), 1))
+    query = query.unflatten(1, (parts, length // parts)).flatten(0, 1)
+    key, value = (t[:, None].expand(-1, parts, -1, -1).flatten(0, 1) for t in (key, value))
+    out = fused_attention(query, key, value, num_heads)  # (B * parts, N / parts, C)
+    return out.unflatten(0, (-1, parts)).flatten(1, 2)
 
 
 class Head(NamedTuple):

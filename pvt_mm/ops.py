@@ -160,11 +160,15 @@ def attention(
     Shape:
         query: (B, N, C); key and value: (B, M, C) -> (B, N, C).
     """
-    if drop_rate or kernels.MKL_IS_FASTER or not _has_many_scores(query, key):
+    if drop_rate or not on_cpu_kernels(query):
         return plain_attention(query, key, value, num_heads, drop_rate)
-    if not needs_grad(query, key, value):
-        return kernels.attention(query, key, value, num_heads)
-    return kernels.AttentionFunction.apply(query, key, value, num_heads)
+    fused = kernels.FUSED_ATTENTION_IS_FASTER or not _has_many_scores(query, key)
+    attend: Callable[..., Tensor]
+    if needs_grad(query, key, value):
+        attend = kernels.spread_attention if fused else kernels.AttentionFunction.apply
+    else:
+        attend = kernels.fused_attention if fused else kernels.attention
+    return attend(query, key, value, num_heads)
 
 
 def projected_attention(

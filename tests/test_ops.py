@@ -1,6 +1,9 @@
 """The fast CPU kernels give what PyTorch's plain operations give, gradients included."""
 
+import platform
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,16 +13,19 @@ from reference import SMALL
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pvt_mm import PVT, PVTv2, kernels, ops
+from pvt_mm import PVT, PVTv2, cpu, kernels, ops
 
 few = settings(max_examples=25, deadline=None)
 
 
 #: What each kind of CPU sets; what is left out stays what it is here.
 CPUS = {
-    'avx2': dict(MKL_IS_FASTER=True, MKL_IS_NARROW=False, BF16_IS_SLOW=True),
-    'zen4': dict(MKL_IS_FASTER=False, MKL_IS_NARROW=False),
-    'zen5': dict(MKL_IS_FASTER=False, MKL_IS_NARROW=True),
+    'avx2': dict(
+        MKL_IS_FASTER=True, FUSED_ATTENTION_IS_FASTER=True, MKL_IS_NARROW=False, BF16_IS_SLOW=True
+    ),
+    'intel': dict(MKL_IS_FASTER=False, FUSED_ATTENTION_IS_FASTER=True, MKL_IS_NARROW=False),
+    'zen4': dict(MKL_IS_FASTER=False, FUSED_ATTENTION_IS_FASTER=False, MKL_IS_NARROW=False),
+    'zen5': dict(MKL_IS_FASTER=False, FUSED_ATTENTION_IS_FASTER=False, MKL_IS_NARROW=True),
 }
 
 
@@ -29,6 +35,7 @@ def small_pieces(monkeypatch, request):
     for name, value in request.param.items():
         monkeypatch.setattr(kernels, name, value)
     monkeypatch.setattr(kernels, 'PIECE', 2**9)
+    monkeypatch.setattr(kernels, 'KEPT', 2**9)
     monkeypatch.setattr(kernels, 'BLOCK', 16)
     monkeypatch.setattr(ops, 'PIECED_SCORES', 1)
 
@@ -118,20 +125,116 @@ def test_mlp_added_in_place_is_the_plain_branch(shape, relu, rows_first):
 def test_weight_gradients_sum_over_the_tokens(dtype, tolerance, seed, tokens, sides):
     """By a product or by a convolution."""
     grad, x = draw(tokens, sides, seed=seed), draw(tokens, 24, seed=seed + 1)
-    ours = kernels.weight_grad(grad.to(dtype), x.to(dtype)).float()
-    close(ours, grad.t() @ x, tolerance)
+    grad, x = grad.to(dtype), x.to(dtype)
+    close(kernels.weight_grad(grad, x).float(), grad.float().t() @ x.float(), tolerance)
+
+
+def test_the_processor_is_told_by_linux(tmp_path):
+    """Of the first core; nothing where the file is missing or in other words."""
+    path = tmp_path / 'cpuinfo'
+    assert cpu.vendor_and_family(path) == ('', 0)
+    path.write_text('processor\t: 0\nmodel name\t: An ARM\n')
+    assert cpu.vendor_and_family(path) == ('', 0)
+    path.write_text('vendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel\t\t: 17\n' * 99)
+    assert cpu.vendor_and_family(path) == ('AuthenticAMD', 26)
 
 
 @pytest.mark.parametrize(
-    ('vendor', 'family', 'narrow'),
-    [('AuthenticAMD', 25, False), ('AuthenticAMD', 26, True), ('GenuineIntel', 207, False)],
+    ('text', 'size'), [('32768K\n', 2**25), ('491520K\n', 480 * 2**20), ('32M', 0), ('', 0)]
 )
-def test_the_processor_chooses_the_road(tmp_path, vendor, family, narrow):
-    """AMD from Zen 5 on; not where nothing is known."""
-    cpuinfo = tmp_path / 'cpuinfo'
-    assert not kernels._is_zen5_or_later(cpuinfo)
-    cpuinfo.write_text(f'vendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: 17\n')
-    assert kernels._is_zen5_or_later(cpuinfo) == narrow
+def test_the_last_level_cache_is_told_by_linux(tmp_path, text, size):
+    """In bytes; 0 where nothing can be read."""
+    path = tmp_path / 'size'
+    assert cpu.last_level_cache(path) == 0
+    path.write_text(text)
+    assert cpu.last_level_cache(path) == size
+
+
+@pytest.mark.parametrize('threads', [1, 2, 3, 64])
+@pytest.mark.parametrize('heads', [1, 2, 5])
+def test_queries_are_spread_over_threads(monkeypatch, threads, heads):
+    """However many threads share the queries of a batch, results and gradients are the same."""
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: threads)
+    inputs = [draw(2, n, 20, seed=n, grad=True) for n in (36, 7, 8)]
+    inputs[2] = draw(2, 7, 20, seed=9, grad=True)
+    grad = draw(2, 36, 20, seed=3)
+    ours = kernels.spread_attention(*inputs, heads)
+    plain = ops.plain_attention(*inputs, heads)
+    close(ours, plain)
+    pairs = (torch.autograd.grad(out, inputs, grad) for out in (ours, plain))
+    for a, b in zip(*pairs):
+        close(a, b)
+
+
+def test_one_head_is_shared_by_all_threads(monkeypatch):
+    """PyTorch's backward pass gets as many images as there are threads."""
+    calls = []
+    fused = kernels.fused_attention
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 4)
+    monkeypatch.setattr(
+        kernels, 'fused_attention', lambda *args: calls.append(args[0].shape) or fused(*args)
+    )
+    x = draw(1, 36, 8, seed=0, grad=True)
+    kernels.spread_attention(x, x, x, 1)
+    kernels.spread_attention(x, x, x, 4)
+    assert calls == [(4, 9, 8), (1, 36, 8)]
+
+
+def test_a_small_hidden_layer_is_kept(monkeypatch):
+    """Up to KEPT elements it is not made again; above, nothing but the input is kept."""
+    x, fc1, fc2, dwconv = mlp_inputs(0, 1, 4, 4, 8, 32, depthwise=True, grad=True)
+    made = []
+    hidden = kernels._hidden
+    monkeypatch.setattr(kernels, '_hidden', lambda *args: made.append(1) or hidden(*args))
+    grads = []
+    for kept in (4 * 4 * 32, 4 * 4 * 32 - 1):
+        monkeypatch.setattr(kernels, 'KEPT', kept)
+        out = ops.mlp(x, fc1, fc2, dwconv)
+        sizes = [t.numel() for t in out.grad_fn.saved_tensors if t is not None]
+        assert (sizes.count(4 * 4 * 32) == 2) == (kept == 4 * 4 * 32)
+        before = len(made)
+        grads.append(torch.autograd.grad(out.square().sum(), leaves((x, fc1, fc2, dwconv))))
+        assert (len(made) == before) == (kept == 4 * 4 * 32)
+    for a, b in zip(*grads):
+        close(a, b)
+
+
+GLIBC = """
+import resource, sys
+import torch
+if sys.argv[1] == 'pvt_mm':
+    import pvt_mm.kernels
+def passes(count):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(count):
+        hidden = [torch.ones(2**22) for _ in range(3)]  # 16 MiB each
+        del hidden
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+passes(3)
+print(passes(10))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='how glibc keeps memory')
+def test_freed_memory_is_kept():
+    """Buffers freed and made again cost no page faults, of which there were thousands a pass."""
+    faults = {}
+    for name in ('pvt_mm', 'none'):
+        command = [sys.executable, '-c', GLIBC, name]
+        faults[name] = int(subprocess.run(command, capture_output=True, check=True).stdout)
+    assert faults['pvt_mm'] < 2000 < faults['none']
+
+
+@pytest.mark.parametrize('channels', [3, 4, 5, 8, 16, 24, 31, 32, 64])
+@pytest.mark.parametrize('stride', [2, 4, 8])
+def test_convolutions_in_bf16_are_right(channels, stride):
+    """With AMX, oneDNN's own are off by as much as their results where channels are few."""
+    x = draw(1, 32, 32, channels, seed=0)
+    weight, bias = draw(16, channels, stride, stride, seed=1), draw(16, seed=2)
+    plain = ops.convolution(x, weight, bias, stride)
+    with torch.autocast('cpu', torch.bfloat16):
+        rough = ops.convolution(x, weight, bias, stride).float()
+    assert 0 < (rough - plain).norm() < 0.02 * plain.norm()
 
 
 @few
