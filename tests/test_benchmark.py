@@ -131,28 +131,46 @@ def test_every_kind_of_work_and_peer(run, same_memory, tmp_path, arch, peer, wor
 
 
 def test_a_wrong_model_is_not_timed(run, monkeypatch):
-    """Where one row of the features is off, nothing is timed and the stage is named."""
-    honest = benchmark.build
+    """Where features are off, nothing is timed and the stage is named."""
+    honest = peers.weights_of
 
-    class Wrong(torch.nn.Module):
-        def forward(self, x):
-            *outs, last = honest(peers.OURS, 'b0').eval()(x)
-            last[..., -1, :] += 0.1 * last.std()
-            return *outs, last
+    def weights_of(package, arch):
+        weights = dict(honest(package, arch))
+        if package == peers.OURS:
+            weights['stages.3.norm.bias'] = weights['stages.3.norm.bias'] + 0.1
+        return weights
 
-    def build(side, arch):
-        return Wrong() if side == peers.OURS else honest(side, arch)
-
-    monkeypatch.setattr(benchmark, 'build', build)
+    monkeypatch.setattr(peers, 'weights_of', weights_of)
     code, _, err = run(benchmark, '--archs', 'b0', '--sizes', '64', '--anyway')
     assert code == 1 and 'stage 3 differs from that of mmdet' in err
+
+
+@pytest.mark.parametrize('peer', ['mmdet', 'huggingface', 'timm'])
+def test_a_peer_runs_without_pvt_mm(peer):
+    """What the process of a side needs loads no module of pvt_mm, in any of its ways to build."""
+    code = 'import sys, benchmark_side as side\n'
+    if peers.is_installed(peer):
+        code += f'side.BUILDERS[{peer!r}]({peers.settings_of(peer, "b0")!r})\n'
+    code += "print([name for name in sys.modules if name.startswith('pvt_mm')])"
+    result = subprocess.run(
+        [sys.executable, '-c', code], cwd=REPO / 'tools', capture_output=True, text=True, check=True
+    )
+    assert result.stdout.splitlines()[-1] == '[]'
+
+
+def test_a_process_that_breaks_off(capfd):
+    """One sentence names the side; the reason stands above it."""
+    with benchmark.start(peers.OURS, figures.Case('b0', '8x8'), 'cpu') as side:
+        with pytest.raises(UserError, match='The process of pvt_mm broke off; see above'):
+            side.ask('seconds')
+    assert 'needs images of at least 29 x 29 pixels' in capfd.readouterr().err
 
 
 def test_memory_is_the_peak_over_the_model():
     """A gradient keeps more than a forward pass does, and what was there before is not counted."""
     case = figures.Case('b0', '128x128')
-    forward = benchmark.own_peak_mib(peers.OURS, case, 'cpu')
-    train = benchmark.own_peak_mib(peers.OURS, case._replace(mode='train'), 'cpu')
+    forward = benchmark.peak_mib(peers.OURS, case, 'cpu')
+    train = benchmark.peak_mib(peers.OURS, case._replace(mode='train'), 'cpu')
     assert 1 < forward < train < 200
     held = torch.zeros(2**23)  # 32 MiB
     # The system counts pages in batches.

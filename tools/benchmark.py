@@ -1,9 +1,10 @@
 """Time and memory of the backbone beside other implementations of PVT, with the same weights.
 
-Each row runs pvt_mm and its peers in turn, once a round, so that a slow moment of the machine
-strikes all of them; rounds before the first that counts warm up and compare the outputs. Times are
-medians, and a ratio is the median of the rounds' ratios of peer time to pvt_mm time. Memory is the
-peak over the loaded model, in a process of its own. The machine must be idle.
+Each row runs pvt_mm and its peers in turn, once a round, each in a process of its own, so that a
+slow moment of the machine strikes all of them and nothing else of one strikes another; rounds
+before the first that counts warm up and compare the outputs. Times are medians, and a ratio is the
+median of the rounds' ratios of peer time to pvt_mm time. Memory is the peak over the loaded model.
+The machine must be idle.
 
 Examples:
     python tools/benchmark.py --archs small b2 --sizes 224 512 800x1344 --plot cost.png
@@ -14,18 +15,17 @@ Examples:
 """
 
 import argparse
-import functools
 import itertools
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 
 import benchmark_machine as machine
+import numpy as np
 import torch
-from benchmark_peers import ARCHS, COMPILED, OURS, PEERS, build, has_arch, is_installed
+from benchmark_peers import ARCHS, COMPILED, OURS, PEERS, Side, has_arch, is_installed
 from benchmark_report import (
     Case,
     Row,
@@ -41,7 +41,6 @@ from benchmark_report import (
 )
 from complexity import build as build_on_meta
 from complexity import multiply_adds, parse_size
-from torch import Tensor, nn
 
 from pvt_mm import cli
 from pvt_mm.runtime import UserError
@@ -57,29 +56,13 @@ MIN_RUNS, MAX_RUNS = 5, 60
 Work = dict[Case, dict[str, None]]
 
 
-def run(model: nn.Module, image: Tensor, case: Case) -> tuple[Tensor, ...]:
-    """Do a case's work once; gradients of the run before are dropped."""
-    model.zero_grad(set_to_none=True)
-    autocast: AbstractContextManager = nullcontext()
-    if case.dtype != 'float32':
-        autocast = torch.autocast(image.device.type, getattr(torch, case.dtype))
-    with torch.set_grad_enabled(case.mode == 'train'):
-        with autocast:
-            outs = model(image)
-        if case.mode == 'train':
-            sum(out.float().square().mean() for out in outs).backward()
-    return outs
+def start(side: str, case: Case, device: str) -> Side:
+    """Start the process of a side of a case."""
+    shape = (case.batch, 3, *parse_size(case.size))
+    return Side(side, case.arch, shape=shape, dtype=case.dtype, mode=case.mode, device=device)
 
 
-def prepare(side: str, case: Case, device: str) -> tuple[nn.Module, Tensor]:
-    """Build a side's model and the image for a case."""
-    model = build(side, case.arch).to(device).train(case.mode == 'train')
-    generator = torch.Generator().manual_seed(1)
-    image = torch.randn(case.batch, 3, *parse_size(case.size), generator=generator)
-    return model, image.to(device)
-
-
-def check_equal(outs: dict[str, tuple[Tensor, ...]], case: Case) -> None:
+def check_equal(outs: dict[str, list[np.ndarray]], case: Case) -> None:
     """Compare the outputs of all sides, so that nothing wrong is timed.
 
     Raises:
@@ -87,8 +70,7 @@ def check_equal(outs: dict[str, tuple[Tensor, ...]], case: Case) -> None:
     """
     for side, theirs in outs.items():
         for stage, (a, b) in enumerate(zip(outs[OURS], theirs, strict=True)):
-            a, b = a.detach().float(), b.detach().float()
-            error = float((a - b).square().mean().sqrt() / b.std())
+            error = np.sqrt(np.square(a - b).mean()) / b.std()
             if not error < TOLERANCE[case.dtype]:
                 raise UserError(
                     f'{case}: stage {stage} differs from that of {side} by {error:.1e} of its std, '
@@ -99,17 +81,17 @@ def check_equal(outs: dict[str, tuple[Tensor, ...]], case: Case) -> None:
 def measure(case: Case, peers: Sequence[str], args: argparse.Namespace) -> list[Row]:
     """Time a case on pvt_mm and its peers in turn, then measure their memory."""
     device = args.device
-    works = {s: functools.partial(run, *prepare(s, case, device), case) for s in (OURS, *peers)}
-    check_equal({side: work() for side, work in works.items()}, case)
-    warm_up = sum(machine.seconds(work, device) for work in works.values())
-    runs = args.runs or min(max(int(ROW_SECONDS / warm_up), MIN_RUNS), MAX_RUNS)
-    times: dict[str, list[float]] = {side: [] for side in works}
-    others = machine.OtherLoad()
-    for _ in range(runs):
-        for side, work in works.items():
-            times[side].append(1e3 * machine.seconds(work, device))
-    other_cores = others.cores()
-    works.clear()  # frees the models
+    with ExitStack() as stack:
+        sides = {s: stack.enter_context(start(s, case, device)) for s in (OURS, *peers)}
+        check_equal({name: side.ask('outputs') for name, side in sides.items()}, case)
+        warm_up = sum(side.ask('seconds') for side in sides.values())
+        runs = args.runs or min(max(int(ROW_SECONDS / warm_up), MIN_RUNS), MAX_RUNS)
+        times: dict[str, list[float]] = {name: [] for name in sides}
+        others = machine.OtherLoad(lambda: sum(side.cpu_seconds() for side in sides.values()))
+        for _ in range(runs):
+            for name, side in sides.items():
+                times[name].append(1e3 * side.ask('seconds'))
+        other_cores = others.cores()
     memory = {}
     if not args.sweep and machine.can_measure_memory(device):
         # A compiled model's peak would be the compiler's.
@@ -143,30 +125,9 @@ def flop_rate(case: Case, seconds: float) -> float:
 
 
 def peak_mib(side: str, case: Case, device: str) -> float:
-    """Return the peak over the loaded model in MiB, from a process of its own."""
-    command = [sys.executable, __file__, '--memory-of', side, '--archs', case.arch]
-    command += ['--sizes', case.size, '--batch', str(case.batch), '--dtype', case.dtype]
-    command += ['--mode', case.mode, '--device', device]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode:
-        raise UserError(f'Measuring the memory of {side} ({case}) failed: {result.stderr[-500:]}')
-    return float(result.stdout.split()[-1])
-
-
-def own_peak_mib(side: str, case: Case, device: str) -> float:
-    """Return the peak of two runs in this process.
-
-    Another model runs first, so that libraries which load on first use are not counted; what a
-    model keeps for itself, such as weights in another layout, is.
-    """
-    run(*prepare(side, case._replace(size='64x64'), device), case)
-    model, image = prepare(side, case, device)
-
-    def work() -> None:
-        for _ in range(2):
-            run(model, image, case)
-
-    return machine.peak_mib(work, device)
+    """Return the peak over the loaded model in MiB, from a process that did nothing else."""
+    with start(side, case, device) as process:
+        return process.ask('peak_mib')
 
 
 def parse_args() -> argparse.Namespace:
@@ -196,7 +157,6 @@ def parse_args() -> argparse.Namespace:
     goal = parser.add_mutually_exclusive_group()
     goal.add_argument('--check', action='store_true', help='hold figures against the promised')
     goal.add_argument('--sweep', action='store_true', help='all archs and sizes, at least 1.0')
-    goal.add_argument('--memory-of', choices=(OURS, *PEERS), help=argparse.SUPPRESS)
     parser.add_argument('--anyway', action='store_true', help='measure on a busy machine too')
     return parser.parse_args()
 
@@ -254,9 +214,6 @@ def asked(args: argparse.Namespace) -> Work:
 def main() -> None:
     args = parse_args()
     check_names(args)
-    if args.memory_of:
-        print(own_peak_mib(args.memory_of, next(iter(asked(args))), args.device))
-        return
     targets = wanted(args) if args.check or args.sweep else []
     cases = asked(args) if not targets else {}
     for target in targets:

@@ -1,12 +1,16 @@
 """The backbones that the benchmarks compare, with the same weights: pvt_mm's and its peers'."""
 
+import functools
 import importlib.util
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 from complexity import pvt_class
-from mmengine.registry import MODELS
-from torch import Tensor, nn
 
 from pvt_mm import PVT, PVTv2, convert_checkpoint
 from pvt_mm.runtime import UserError
@@ -46,76 +50,102 @@ def mmdet_config(arch: str) -> dict[str, Any]:
     )
 
 
-def build(side: str, arch: str) -> nn.Module:
-    """Build one side with the weights that seed 0 draws for pvt_mm; no path is dropped.
-
-    Raises:
-        UserError: Where the peer is not installed or does not have the arch.
-    """
-    if not is_installed(side):
-        package = PACKAGES[side.removesuffix(COMPILED)]
-        raise UserError(f'The peer {side} needs a package: pip install {package}.')
-    if not has_arch(side, arch):
-        raise UserError(f'{side} has no {arch}; choose another --peers or --archs.')
-    torch.manual_seed(0)
-    model: nn.Module = pvt_class(arch)(arch)
-    name = side.removesuffix(COMPILED)
-    if name != OURS:
-        weights = convert_checkpoint(model.state_dict(), to=name)
-        model = _BUILDERS[name](arch, weights)
-    return _compile(model) if side.endswith(COMPILED) else model
-
-
-def _mmdet(arch: str, weights: dict[str, Tensor]) -> nn.Module:
-    model = MODELS.build(dict(mmdet_config(arch), drop_path_rate=0.0))
-    model.load_state_dict(weights)
-    return model
-
-
-def _huggingface(arch: str, weights: dict[str, Tensor]) -> nn.Module:
-    from transformers import PvtV2Backbone, PvtV2Config
-
+def settings_of(package: str, arch: str) -> dict[str, Any]:
+    """Return what a package's class takes to build an arch; no path is dropped."""
+    if package == OURS:
+        return dict(type=pvt_class(arch).__name__, arch=arch)
+    if package == 'mmdet':
+        config = mmdet_config(arch)
+        return dict(config, type=config['type'].removeprefix('mmdet.'), drop_path_rate=0.0)
+    if package == 'timm':
+        return dict(model_name=f'pvt_v2_{arch}', pretrained=False, features_only=True)
     settings = PVTv2.ARCHS[arch]
-    config = PvtV2Config(
+    return dict(
         depths=list(settings['depths']),
         hidden_sizes=list(settings['dims']),
         mlp_ratios=list(settings['mlp_ratios']),
         linear_attention=settings.get('linear', False),
         out_features=['stage1', 'stage2', 'stage3', 'stage4'],
     )
-    model = PvtV2Backbone(config)
-    model.load_state_dict({key.removeprefix('pvt_v2.'): v for key, v in weights.items()})
-    return _FeatureMaps(model)
 
 
-class _FeatureMaps(nn.Module):
-    """Hugging Face's backbone, returning its features alone."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.model(x).feature_maps
+@functools.lru_cache(maxsize=1)  # all sides of a case ask in turn
+def _drawn(arch: str) -> dict[str, torch.Tensor]:
+    """Return the weights that seed 0 draws for pvt_mm."""
+    torch.manual_seed(0)
+    return pvt_class(arch)(arch).state_dict()
 
 
-def _timm(arch: str, weights: dict[str, Tensor]) -> nn.Module:
-    import timm
+def weights_of(package: str, arch: str) -> dict[str, torch.Tensor]:
+    """Return the weights that seed 0 draws for pvt_mm, in a package's names."""
+    weights = _drawn(arch)
+    if package == OURS:
+        return weights
+    weights = convert_checkpoint(weights, to=package)
+    if package == 'timm':  # where only features are wanted, it joins a stage's name and number
+        return {key.replace('stages.', 'stages_', 1): v for key, v in weights.items()}
+    return {key.removeprefix('pvt_v2.'): v for key, v in weights.items()}
 
-    model = timm.create_model(f'pvt_v2_{arch}', pretrained=False, features_only=True)
-    # Where only features are wanted, timm joins a stage's name and number.
-    model.load_state_dict({key.replace('stages.', 'stages_', 1): v for key, v in weights.items()})
-    return model
 
+class Side:
+    """A side's model in a process of its own, for use with ``with``.
 
-_BUILDERS = {'mmdet': _mmdet, 'huggingface': _huggingface, 'timm': _timm}
+    Args:
+        side: ``OURS`` or one of ``PEERS``.
+        arch: The arch.
+        **work: The ``shape``, ``dtype``, ``mode`` and ``device`` of ``benchmark_side.Subject``.
 
+    Raises:
+        UserError: Where the peer is not installed or does not have the arch.
+    """
 
-def _compile(model: nn.Module) -> nn.Module:
-    """Compile for one size; without gradients the weights become constants of the program."""
-    from torch._inductor import config
+    def __init__(self, side: str, arch: str, **work: Any) -> None:
+        package = side.removesuffix(COMPILED)
+        if not is_installed(side):
+            raise UserError(f'The peer {side} needs a package: pip install {PACKAGES[package]}.')
+        if not has_arch(side, arch):
+            raise UserError(f'{side} has no {arch}; choose another --peers or --archs.')
+        self.name = side
+        subject = dict(
+            package=package,
+            settings=settings_of(package, arch),
+            weights=weights_of(package, arch),
+            compiled=side.endswith(COMPILED),
+            **work,
+        )
+        command = [sys.executable, str(Path(__file__).with_name('benchmark_side.py'))]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._send(subject)
 
-    config.freezing = True
-    torch._dynamo.config.cache_size_limit = 256  # mmdet's blocks are compiled one by one
-    torch._dynamo.reset()  # else a second size would be compiled for any size
-    return torch.compile(model, dynamic=False)
+    def __enter__(self) -> 'Side':
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def ask(self, request: str) -> Any:
+        """Return what a method of ``benchmark_side.Subject`` returns.
+
+        Raises:
+            UserError: Where the process has ended.
+        """
+        try:
+            self._send(request)
+            assert self.process.stdout is not None
+            return pickle.load(self.process.stdout)
+        except (BrokenPipeError, EOFError) as error:
+            raise UserError(f'The process of {self.name} broke off; see above for why.') from error
+
+    def _send(self, message: Any) -> None:
+        assert self.process.stdin is not None
+        pickle.dump(message, self.process.stdin)
+        self.process.stdin.flush()
+
+    def cpu_seconds(self) -> float:
+        """Return the CPU time that the process has used; 0 where Linux does not tell."""
+        try:
+            fields = Path(f'/proc/{self.process.pid}/stat').read_text().rpartition(')')[2].split()
+        except OSError:
+            return 0.0
+        return sum(map(int, fields[11:13])) / os.sysconf('SC_CLK_TCK')  # user and system
