@@ -555,8 +555,8 @@ def spread_attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) 
     Shape:
         query: (B, N, C); key and value: (B, M, C) -> (B, N, C).
     """
-    length = query.shape[1]
-    parts = math.gcd(length, max(torch.get_num_threads() // max(len(query) * num_heads, 1), 1))
+    length, shares = query.shape[1], max(len(query) * num_heads, 1)  # no image, no share
+    parts = math.gcd(length, max(torch.get_num_threads() // shares, 1))
     query = query.unflatten(1, (parts, length // parts)).flatten(0, 1)
     key, value = (t[:, None].expand(-1, parts, -1, -1).flatten(0, 1) for t in (key, value))
     out = fused_attention(query, key, value, num_heads)  # (B * parts, N / parts, C)

@@ -160,9 +160,10 @@ def test_a_peer_runs_without_pvt_mm(peer):
 
 def test_a_process_that_breaks_off(capfd):
     """One sentence names the side; the reason stands above it."""
-    with benchmark.start(peers.OURS, figures.Case('b0', '8x8'), 'cpu') as side:
-        with pytest.raises(UserError, match='The process of pvt_mm broke off; see above'):
-            side.ask('seconds')
+    sentence = 'The process of pvt_mm broke off; see above'
+    side = benchmark.start(peers.OURS, figures.Case('b0', '8x8'), 'cpu')
+    with side, pytest.raises(UserError, match=sentence):
+        side.ask('seconds')
     assert 'needs images of at least 29 x 29 pixels' in capfd.readouterr().err
 
 
