@@ -450,12 +450,18 @@ def _depthwise_grads(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, T
 # Attention
 
 
-def _has_few_channels(x: Tensor, *_: Any) -> bool:
-    """Whether oneDNN's bf16 convolution may be wrong: with AMX, kernels of 4, 8, 16 a side are."""
-    return 4 < x.shape[-1] < 32
+def _is_wrong_in_bf16(
+    x: Tensor, weight: Tensor, _bias: Tensor | None, stride: int, padding: int = 0
+) -> bool:
+    """Whether oneDNN's bf16 convolution may be wrong, as with AMX it is in two cases.
+
+    They are 5 to 31 channels under kernels of 4, 8 or 16 a side, and results of width 1.
+    """
+    few_channels = 4 < x.shape[-1] < 32
+    return few_channels or x.shape[2] + 2 * padding < weight.shape[3] + stride
 
 
-@functools.partial(rounded, wrong=_has_few_channels)
+@functools.partial(rounded, wrong=_is_wrong_in_bf16)
 def convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int = 0
 ) -> Tensor:

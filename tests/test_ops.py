@@ -226,14 +226,18 @@ def test_freed_memory_is_kept():
 
 
 @pytest.mark.parametrize('channels', [3, 4, 5, 8, 16, 24, 31, 32, 64])
-@pytest.mark.parametrize('stride', [2, 4, 8])
-def test_convolutions_in_bf16_are_right(channels, stride):
-    """With AMX, oneDNN's own are off by as much as their results where channels are few."""
-    x = draw(1, 32, 32, channels, seed=0)
-    weight, bias = draw(16, channels, stride, stride, seed=1), draw(16, seed=2)
-    plain = ops.convolution(x, weight, bias, stride)
+@pytest.mark.parametrize('patches', [1, 2, 5])
+@pytest.mark.parametrize(
+    ('kernel', 'stride', 'padding'), [(2, 2, 0), (4, 4, 0), (8, 8, 0), (3, 2, 1), (7, 4, 3)]
+)
+def test_convolutions_in_bf16_are_right(channels, patches, kernel, stride, padding):
+    """With AMX, oneDNN's own are off by as much as their results in some of these."""
+    width = stride * patches + (stride - 1 if not padding else 0)  # the last ones are no patch
+    x = draw(1, 33, width, channels, seed=0)
+    weight, bias = draw(16, channels, kernel, kernel, seed=1), draw(16, seed=2)
+    plain = ops.convolution(x, weight, bias, stride, padding)
     with torch.autocast('cpu', torch.bfloat16):
-        rough = ops.convolution(x, weight, bias, stride).float()
+        rough = ops.convolution(x, weight, bias, stride, padding).float()
     assert 0 < (rough - plain).norm() < 0.02 * plain.norm()
 
 
