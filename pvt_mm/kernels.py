@@ -359,22 +359,25 @@ def _summed_grads(x: Tensor, grad: Tensor, saved: tuple, relu: bool) -> list[Ten
     """
     _, weight1, bias1, weight2, _, *dwconv = saved
     hidden, shape, whole = len(weight1), x.shape, slice(None)
+    channel_parts, token_parts = [whole], [whole]
     if dwconv[0] is None:
         x, grad = (t.reshape(1, 1, -1, shape[-1]) for t in (x, grad))
-        parts = [(whole, tokens) for tokens in _pieces(x.shape[2], PIECE // hidden)]
+        token_parts = list(_pieces(x.shape[2], PIECE // hidden))
     else:
-        parts = [(channels, whole) for channels in _channel_parts(x, hidden)]
+        channel_parts = list(_channel_parts(x, hidden))
     sums: list[Any] = [
         None if t is None else torch.zeros_like(t) for t in (x, weight1, bias1, weight2, *dwconv)
     ]
-    for channels, tokens in parts:
+    for channels in channel_parts:
         layers = _block_layers(saved, channels, x.dtype)
-        part = x[:, :, tokens]
-        grads = _part_grads(part, grad[:, :, tokens], layers, _hidden(part, layers, relu), relu)
-        places = (whole, whole, tokens), channels, channels, (whole, channels), channels, channels
-        for place, total, new in zip(places, sums, grads):
-            if new is not None:
-                total[place] += new
+        for tokens in token_parts:
+            part = (whole, whole, tokens)
+            made = _hidden(x[part], layers, relu)
+            grads = _part_grads(x[part], grad[part], layers, made, relu)
+            places = part, channels, channels, (whole, channels), channels, channels
+            for total, place, new in zip(sums, places, grads):
+                if new is not None:
+                    total[place].add_(new)
     return [sums[0].view(shape), *sums[1:]]
 
 

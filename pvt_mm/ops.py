@@ -196,7 +196,8 @@ def projected_attention(
     Shape:
         x: (B, N, C); key and value: (B, M, C) -> (B, N, C).
     """
-    if not (drop_rate or needs_grad(x, key, *query, *proj)) and _has_many_scores(x, key):
+    plain = drop_rate or needs_grad(x, key, *query, *proj) or not on_cpu_kernels(x)
+    if not plain and _has_many_scores(x, key):
         dtype = compute_dtype(x)
         return kernels.projected_attention(x, norm, query, key, value, proj, num_heads, dtype)
     x = x if norm is None else norm(x)
@@ -205,7 +206,7 @@ def projected_attention(
 
 
 def _has_many_scores(query: Tensor, key: Tensor) -> bool:
-    return on_cpu_kernels(query) and query.shape[1] * key.shape[1] >= PIECED_SCORES
+    return query.shape[1] * key.shape[1] >= PIECED_SCORES
 
 
 def plain_attention(

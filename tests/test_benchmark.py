@@ -131,26 +131,28 @@ def test_every_kind_of_work_and_peer(run, same_memory, tmp_path, arch, peer, wor
 
 
 def test_a_wrong_model_is_not_timed(run, monkeypatch):
-    """Where features are off, nothing is timed and the stage is named."""
-    honest = peers.weights_of
+    """Where one row of the features is off, nothing is timed and the stage is named."""
+    honest = peers.Side.ask
 
-    def weights_of(package, arch):
-        weights = dict(honest(package, arch))
-        if package == peers.OURS:
-            weights['stages.3.norm.bias'] = weights['stages.3.norm.bias'] + 0.1
-        return weights
+    def ask(side, request):
+        assert request == 'outputs', 'timed all the same'
+        *outs, last = honest(side, request)
+        if side.name == peers.OURS:
+            last[..., -1, :] += 0.1 * last.std()
+        return [*outs, last]
 
-    monkeypatch.setattr(peers, 'weights_of', weights_of)
+    monkeypatch.setattr(peers.Side, 'ask', ask)
     code, _, err = run(benchmark, '--archs', 'b0', '--sizes', '64', '--anyway')
     assert code == 1 and 'stage 3 differs from that of mmdet' in err
 
 
 @pytest.mark.parametrize('peer', ['mmdet', 'huggingface', 'timm'])
 def test_a_peer_runs_without_pvt_mm(peer):
-    """What the process of a side needs loads no module of pvt_mm, in any of its ways to build."""
+    """Neither what the process of a side starts with nor building the peer loads any of it."""
+    if not peers.is_installed(peer):
+        pytest.skip(f'{peer} is optional')
     code = 'import sys, benchmark_side as side\n'
-    if peers.is_installed(peer):
-        code += f'side.BUILDERS[{peer!r}]({peers.settings_of(peer, "b0")!r})\n'
+    code += f'side.BUILDERS[{peer!r}]({peers.settings_of(peer, "b0")!r})\n'
     code += "print([name for name in sys.modules if name.startswith('pvt_mm')])"
     result = subprocess.run(
         [sys.executable, '-c', code], cwd=REPO / 'tools', capture_output=True, text=True, check=True
@@ -165,6 +167,13 @@ def test_a_process_that_breaks_off(capfd):
     with side, pytest.raises(UserError, match=sentence):
         side.ask('seconds')
     assert 'needs images of at least 29 x 29 pixels' in capfd.readouterr().err
+
+
+def test_a_process_that_does_not_start(monkeypatch):
+    """Nor does one that ends before it has heard what to build leave a traceback."""
+    monkeypatch.setattr(sys, 'executable', '/bin/false')
+    with pytest.raises(UserError, match='The process of pvt_mm broke off'):
+        benchmark.start(peers.OURS, figures.Case('b0', '32x32'), 'cpu')
 
 
 def test_memory_is_the_peak_over_the_model():

@@ -1,9 +1,6 @@
 """The fast CPU kernels give what PyTorch's plain operations give, gradients included."""
 
-import platform
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,7 +10,7 @@ from reference import SMALL
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pvt_mm import PVT, PVTv2, cpu, kernels, ops
+from pvt_mm import PVT, PVTv2, kernels, ops
 
 few = settings(max_examples=25, deadline=None)
 
@@ -129,27 +126,6 @@ def test_weight_gradients_sum_over_the_tokens(dtype, tolerance, seed, tokens, si
     close(kernels.weight_grad(grad, x).float(), grad.float().t() @ x.float(), tolerance)
 
 
-def test_the_processor_is_told_by_linux(tmp_path):
-    """Of the first core; nothing where the file is missing or in other words."""
-    path = tmp_path / 'cpuinfo'
-    assert cpu.vendor_and_family(path) == ('', 0)
-    path.write_text('processor\t: 0\nmodel name\t: An ARM\n')
-    assert cpu.vendor_and_family(path) == ('', 0)
-    path.write_text('vendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel\t\t: 17\n' * 99)
-    assert cpu.vendor_and_family(path) == ('AuthenticAMD', 26)
-
-
-@pytest.mark.parametrize(
-    ('text', 'size'), [('32768K\n', 2**25), ('491520K\n', 480 * 2**20), ('32M', 0), ('', 0)]
-)
-def test_the_last_level_cache_is_told_by_linux(tmp_path, text, size):
-    """In bytes; 0 where nothing can be read."""
-    path = tmp_path / 'size'
-    assert cpu.last_level_cache(path) == 0
-    path.write_text(text)
-    assert cpu.last_level_cache(path) == size
-
-
 @pytest.mark.parametrize('threads', [1, 2, 3, 64])
 @pytest.mark.parametrize('heads', [1, 2, 5])
 def test_queries_are_spread_over_threads(monkeypatch, threads, heads):
@@ -197,32 +173,6 @@ def test_a_small_hidden_layer_is_kept(monkeypatch):
         assert (len(made) == before) == (kept == 4 * 4 * 32)
     for a, b in zip(*grads):
         close(a, b)
-
-
-GLIBC = """
-import resource, sys
-import torch
-if sys.argv[1] == 'pvt_mm':
-    import pvt_mm.kernels
-def passes(count):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(count):
-        hidden = [torch.ones(2**22) for _ in range(3)]  # 16 MiB each
-        del hidden
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-passes(3)
-print(passes(10))
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='how glibc keeps memory')
-def test_freed_memory_is_kept():
-    """Buffers freed and made again cost no page faults, of which there were thousands a pass."""
-    faults = {}
-    for name in ('pvt_mm', 'none'):
-        command = [sys.executable, '-c', GLIBC, name]
-        faults[name] = int(subprocess.run(command, capture_output=True, check=True).stdout)
-    assert faults['pvt_mm'] < 2000 < faults['none']
 
 
 @pytest.mark.parametrize('channels', [3, 4, 5, 8, 16, 24, 31, 32, 64])

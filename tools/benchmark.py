@@ -70,7 +70,7 @@ def check_equal(outs: dict[str, list[np.ndarray]], case: Case) -> None:
     """
     for side, theirs in outs.items():
         for stage, (a, b) in enumerate(zip(outs[OURS], theirs, strict=True)):
-            error = np.sqrt(np.square(a - b).mean()) / b.std()
+            error = np.sqrt(np.square(a - b).mean()) / b.std(ddof=1)
             if not error < TOLERANCE[case.dtype]:
                 raise UserError(
                     f'{case}: stage {stage} differs from that of {side} by {error:.1e} of its std, '

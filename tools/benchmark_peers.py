@@ -1,11 +1,13 @@
 """The backbones that the benchmarks compare, with the same weights: pvt_mm's and its peers'."""
 
+import contextlib
 import functools
 import importlib.util
 import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +57,7 @@ def settings_of(package: str, arch: str) -> dict[str, Any]:
     if package == OURS:
         return dict(type=pvt_class(arch).__name__, arch=arch)
     if package == 'mmdet':
-        config = mmdet_config(arch)
-        return dict(config, type=config['type'].removeprefix('mmdet.'), drop_path_rate=0.0)
+        return dict(mmdet_config(arch), drop_path_rate=0.0)
     if package == 'timm':
         return dict(model_name=f'pvt_v2_{arch}', pretrained=False, features_only=True)
     settings = PVTv2.ARCHS[arch]
@@ -96,7 +97,7 @@ class Side:
         **work: The ``shape``, ``dtype``, ``mode`` and ``device`` of ``benchmark_side.Subject``.
 
     Raises:
-        UserError: Where the peer is not installed or does not have the arch.
+        UserError: Where the peer is not installed or does not have the arch, or its process ends.
     """
 
     def __init__(self, side: str, arch: str, **work: Any) -> None:
@@ -115,7 +116,8 @@ class Side:
         )
         command = [sys.executable, str(Path(__file__).with_name('benchmark_side.py'))]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self._send(subject)
+        with self._alive():
+            self._send(subject)
 
     def __enter__(self) -> 'Side':
         return self
@@ -130,17 +132,21 @@ class Side:
         Raises:
             UserError: Where the process has ended.
         """
-        try:
+        with self._alive():
             self._send(request)
-            assert self.process.stdout is not None
             return pickle.load(self.process.stdout)
-        except (BrokenPipeError, EOFError) as error:
-            raise UserError(f'The process of {self.name} broke off; see above for why.') from error
 
     def _send(self, message: Any) -> None:
-        assert self.process.stdin is not None
         pickle.dump(message, self.process.stdin)
         self.process.stdin.flush()
+
+    @contextlib.contextmanager
+    def _alive(self) -> Iterator[None]:
+        """Name the side where its process ends instead of listening or answering."""
+        try:
+            yield
+        except (BrokenPipeError, EOFError) as error:
+            raise UserError(f'The process of {self.name} broke off; see above for why.') from error
 
     def cpu_seconds(self) -> float:
         """Return the CPU time that the process has used; 0 where Linux does not tell."""

@@ -6,7 +6,6 @@ one side frees, keeps or sets for its process would else change the time of the 
 """
 
 import functools
-import gc
 import logging
 import os
 import pickle
@@ -18,6 +17,7 @@ from typing import Any
 import benchmark_machine as machine
 import numpy as np
 import torch
+from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 
@@ -89,7 +89,6 @@ class Subject:
         model keeps for itself, such as weights in another layout, is.
         """
         self.prepare((*self.shape[:2], 64, 64))()
-        gc.collect()
         work = self.work
 
         def twice() -> None:
@@ -109,17 +108,9 @@ def build(
 
 
 def _ours(settings: dict[str, Any]) -> nn.Module:
-    import pvt_mm
+    import pvt_mm  # noqa: F401  # registers the backbones
 
-    settings = dict(settings)
-    return getattr(pvt_mm, settings.pop('type'))(**settings)
-
-
-def _mmdet(settings: dict[str, Any]) -> nn.Module:
-    from mmdet.models import backbones
-
-    settings = dict(settings)
-    return getattr(backbones, settings.pop('type'))(**settings)
+    return MODELS.build(settings)
 
 
 def _huggingface(settings: dict[str, Any]) -> nn.Module:
@@ -140,7 +131,12 @@ def _timm(settings: dict[str, Any]) -> nn.Module:
     return timm.create_model(**settings)
 
 
-BUILDERS = {'pvt_mm': _ours, 'mmdet': _mmdet, 'huggingface': _huggingface, 'timm': _timm}
+BUILDERS = {
+    'pvt_mm': _ours,
+    'mmdet': MODELS.build,
+    'huggingface': _huggingface,
+    'timm': _timm,
+}
 
 
 def _compile(model: nn.Module) -> nn.Module:
