@@ -239,8 +239,8 @@ def _mlp_parts(
     dwconv: Layer | None,
     relu: bool,
     dtype: torch.dtype,
-) -> Iterator[tuple[tuple[int, slice], Tensor]]:
-    """Yield an image's index, some rows of it and the result for them.
+) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
+    """Yield some images, some rows of them and the result for them.
 
     Without a convolution tokens do not meet, and all of them count as one image of width 1.
     """
@@ -249,12 +249,13 @@ def _mlp_parts(
         tokens = x.reshape(-1, 1, x.shape[-1])
         for rows in _pieces(len(tokens), PIECE // len(fc1[0])):
             part = _normed(tokens[rows], norm, dtype)
-            yield (0, rows), product(product(part, *fc1, gelu=True), *fc2)
+            yield (slice(None), rows), product(product(part, *fc1, gelu=True), *fc2)
         return
     dwconv = _cast(dwconv, dtype)
-    for i, image in enumerate(x):
-        for rows, part in _mlp_bands(image, norm, fc1, fc2, dwconv, relu):
-            yield (i, rows), part
+    batch, height, width, _ = x.shape
+    for images in _pieces(batch, PIECE // 2 // (height * width * len(fc1[0]))):
+        for rows, part in _mlp_bands(x[images], norm, fc1, fc2, dwconv, relu):
+            yield (images, rows), part
 
 
 def _normed(x: Tensor, norm: Norm | None, dtype: torch.dtype) -> Tensor:
@@ -262,25 +263,25 @@ def _normed(x: Tensor, norm: Norm | None, dtype: torch.dtype) -> Tensor:
 
 
 def _mlp_bands(
-    image: Tensor, norm: Norm | None, fc1: Layer, fc2: Layer, dwconv: Layer, relu: bool
+    x: Tensor, norm: Norm | None, fc1: Layer, fc2: Layer, dwconv: Layer, relu: bool
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield result bands; each takes one row more on each side for the convolution."""
-    height, width, _ = image.shape
+    images, height, width, _ = x.shape
     hidden, dtype = len(fc1[0]), fc1[0].dtype
-    block = hidden if height * width * hidden <= PIECE else min(hidden, BLOCK)
+    block = hidden if images * height * width * hidden <= PIECE else min(hidden, BLOCK)
     blocks = list(_pieces(hidden, block))
     last = [fc2[0][:, channels].contiguous() for channels in blocks]
-    for rows in _pieces(height, PIECE // 2 // (block * width)):  # two buffers at a time
+    for rows in _pieces(height, PIECE // 2 // (images * width * block)):  # two buffers at a time
         top = max(rows.start - 1, 0)
-        band = _normed(image[top : rows.stop + 1], norm, dtype)
+        band = _normed(x[:, top : rows.stop + 1], norm, dtype)
         total: Any = None
         for channels, weight in zip(blocks, last):
-            x = product(band, fc1[0][channels], fc1[1][channels])  # (h, W, block)
+            h = product(band, fc1[0][channels], fc1[1][channels])  # (B, rows, W, block)
             if relu:
-                x.relu_()
-            x = _depthwise_gelu(x[None], dwconv[0][channels], dwconv[1][channels])[0]
-            x = x[rows.start - top : rows.stop - top]
-            part = product(x, weight, fc2[1] if total is None else None)
+                h.relu_()
+            h = _depthwise_gelu(h, dwconv[0][channels], dwconv[1][channels])
+            h = h[:, rows.start - top : rows.stop - top]
+            part = product(h, weight, fc2[1] if total is None else None)
             total = part if total is None else total.add_(part)
         yield rows, total
 

@@ -126,6 +126,19 @@ def test_mlp_added_in_place_is_the_plain_branch(shape, relu, rows_first):
         close(ops.add_mlp(tokens, norm, fc1, fc2, dwconv, relu), plain)
 
 
+@pytest.mark.parametrize(('side', 'together'), [(2, [4, 4, 1]), (4, [1] * 9), (8, [1] * 36)])
+def test_small_images_go_together(monkeypatch, side, together):
+    """As many as half a piece holds; one alone where it holds less, in bands where need be."""
+    seen = []
+    run = kernels._depthwise_gelu
+    monkeypatch.setattr(
+        kernels, '_depthwise_gelu', lambda x, *args: seen.append(len(x)) or run(x, *args)
+    )
+    x, fc1, fc2, dwconv = mlp_inputs(0, 9, side, side, 8, 16, depthwise=True)
+    ops.mlp(x, fc1, fc2, dwconv)
+    assert seen == together
+
+
 @pytest.mark.parametrize(('dtype', 'tolerance'), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
 @few
 @given(seed=st.integers(0, 10**6), tokens=st.integers(1, 40), sides=st.sampled_from([1, 8, 70]))
