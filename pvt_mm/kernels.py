@@ -276,14 +276,20 @@ def _mlp_bands(
         band = _normed(x[:, top : rows.stop + 1], norm, dtype)
         total: Any = None
         for channels, weight in zip(blocks, last):
-            h = product(band, fc1[0][channels], fc1[1][channels])  # (B, rows, W, block)
-            if relu:
-                h.relu_()
-            h = _depthwise_gelu(h, dwconv[0][channels], dwconv[1][channels])
+            h = _activated(band, fc1, dwconv, channels, relu)
             h = h[:, rows.start - top : rows.stop - top]
             part = product(h, weight, fc2[1] if total is None else None)
+            del h  # before there is another
             total = part if total is None else total.add_(part)
         yield rows, total
+
+
+def _activated(x: Tensor, fc1: Layer, dwconv: Layer, channels: slice, relu: bool) -> Tensor:
+    """Return some channels of the hidden layer, (B, H, W, channels), after their activation."""
+    x = product(x, fc1[0][channels], fc1[1][channels])
+    if relu:
+        x.relu_()
+    return _depthwise_gelu(x, dwconv[0][channels], dwconv[1][channels])
 
 
 @rounded
@@ -596,13 +602,13 @@ def _attend(queries: Tensor, heads: list[Head]) -> Tensor:
     """Attend from some queries (n, C), a head at a time, and leave the result in their place."""
     split = queries.unflatten(1, (len(heads), -1)).unbind(1)
     for q, head, longest in zip(split, heads, _longest(queries, len(heads))):
-        scores = product(q.contiguous(), head.keys)  # (n, M)
+        weights = product(q.contiguous(), head.keys)  # (n, M)
         if longest * head.longest < MAX_POWER:  # bounds each score; not so for NaN
-            weights = scores.exp2_()
-            total = weights.sum(-1, keepdim=True, dtype=_wide(q))
+            total = weights.exp2_().sum(-1, keepdim=True, dtype=_wide(q))
             torch.div(product(weights, head.values), total, out=q)
         else:
-            q.copy_(product(scores.mul_(1 / LOG2_E).softmax(-1), head.values))
+            q.copy_(product(weights.mul_(1 / LOG2_E).softmax(-1), head.values))
+        del weights  # before there are others
     return queries
 
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import SMALL
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pvt_mm import PVT, PVTv2, kernels, ops
@@ -137,6 +138,27 @@ def test_small_images_go_together(monkeypatch, side, together):
     x, fc1, fc2, dwconv = mlp_inputs(0, 9, side, side, 8, 16, depthwise=True)
     ops.mlp(x, fc1, fc2, dwconv)
     assert seen == together
+
+
+@pytest.mark.parametrize('kernel', ['product', '_activated'])
+def test_one_piece_is_held_at_a_time(monkeypatch, kernel):
+    """Scores and hidden layers are let go before the next ones are made."""
+    made, run = [], getattr(kernels, kernel)
+
+    def watched(x, *args):
+        if kernel == '_activated' or args[0].shape[0] == 40:  # a product with 40 keys
+            assert all(piece.expired() for piece in made)
+            out = run(x, *args)
+            made.append(StorageWeakRef(out.untyped_storage()))
+            return out
+        return run(x, *args)
+
+    monkeypatch.setattr(kernels, kernel, watched)
+    x, fc1, fc2, dwconv = mlp_inputs(0, 1, 6, 6, 8, 40, depthwise=True)
+    kernels.mlp(x, fc1, fc2, dwconv, False, torch.float32)
+    query, both = attention_inputs(0, 1, 36, 40, 2, 8)
+    kernels.attention(query, *both.chunk(2, -1), 2)
+    assert len(made) > 2
 
 
 @pytest.mark.parametrize(('dtype', 'tolerance'), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
