@@ -220,6 +220,7 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
 
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import FormatStrFormatter, LogLocator
 
     archs = list(dict.fromkeys(row.arch for row in rows))
     figure, grid = plt.subplots(
@@ -239,6 +240,8 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
                 axes.plot([pixels(size) for size in xs], ys, 'o-', markersize=4, label=side)
             axes.set(xscale='log', yscale='log', ylabel=('seconds', 'MiB over the model')[index])
             axes.set_xticks([pixels(size) for size in sizes], sizes, fontsize=8)
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(FormatStrFormatter('%g'))
             axes.minorticks_off()
             axes.grid(alpha=0.3)
             axes.spines[['top', 'right']].set_visible(False)
