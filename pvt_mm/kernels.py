@@ -274,12 +274,12 @@ def _mlp_bands(
     for rows in _pieces(height, PIECE // 2 // (images * width * block)):  # two buffers at a time
         top = max(rows.start - 1, 0)
         band = _normed(x[:, top : rows.stop + 1], norm, dtype)
+        inner = slice(rows.start - top, rows.stop - top)
         total: Any = None
         for channels, weight in zip(blocks, last):
-            h = _activated(band, fc1, dwconv, channels, relu)
-            h = h[:, rows.start - top : rows.stop - top]
-            part = product(h, weight, fc2[1] if total is None else None)
-            del h  # before there is another
+            # Without a name for the hidden layer: it is gone before there is another.
+            bias = fc2[1] if total is None else None
+            part = product(_activated(band, fc1, dwconv, channels, relu)[:, inner], weight, bias)
             total = part if total is None else total.add_(part)
         yield rows, total
 

@@ -1,5 +1,6 @@
 """The measuring tools: what they count, compare, judge and print. No speed is tested here."""
 
+import contextlib
 import csv
 import itertools
 import math
@@ -185,6 +186,21 @@ def test_memory_is_the_peak_over_the_model():
     held = torch.zeros(2**23)  # 32 MiB
     # The system counts pages in batches.
     assert 31 <= machine.peak_mib(held.clone, 'cpu') < 40
+
+
+def test_memory_is_the_median_of_processes(monkeypatch):
+    """One that fares worse than others does not decide."""
+    peaks = iter([9.0, 5.0, 6.0])
+
+    class Fake(contextlib.nullcontext):
+        def ask(self, request):
+            return next(peaks)
+
+        def __enter__(self):
+            return self
+
+    monkeypatch.setattr(benchmark, 'start', lambda side, case, device: Fake())
+    assert benchmark.peak_mib(peers.OURS, figures.Case('b0', '128x128'), 'cpu') == 6
 
 
 def test_busy_machine_is_refused(run, monkeypatch):
