@@ -28,12 +28,13 @@ torch.empty(31 * 2**20, dtype=torch.uint8)
 
 VENDOR, FAMILY = vendor_and_family()
 
-#: Elements of an intermediate buffer, some of which share the last-level cache: 4 MiB of 32, 8 of
-#: 64 or more.
+#: Elements of an intermediate buffer in fp32, some of which share the last-level cache: 4 MiB of
+#: 32, 8 of 64 or more.
 PIECE = 2**21 if last_level_cache() >= 2**26 else 2**20
 
-#: Elements of a hidden layer up to which training keeps it, rather than make it again.
-KEPT = 2**21
+#: Elements of a hidden layer, before and after its convolution, up to which training keeps it
+#: rather than make it again.
+KEPT = 2**22
 
 #: Hidden channels that go through the depth-wise convolution together.
 BLOCK = 128
@@ -71,6 +72,9 @@ FUSED_ATTENTION_IS_FASTER = MKL_IS_FASTER or (
 #: vector units of Zen 4 have, half of what those of Zen 5 (family 26) have. Elsewhere the two are
 #: equals.
 MKL_IS_NARROW = VENDOR == 'AuthenticAMD' and FAMILY >= 26
+
+#: Whether the fused attention beats the one in pieces in training in fp32.
+FUSED_TRAINING_IS_FASTER = torch.backends.mkl.is_available() and not MKL_IS_NARROW
 
 #: Whether oneDNN has no way to multiply bf16 on this CPU, so that PyTorch does it in plain loops.
 BF16_IS_SLOW = _has_bf16 is not None and not _has_bf16()
@@ -183,6 +187,14 @@ def _pieces(length: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, length)) for start in range(0, length, size))
 
 
+def _fitting(elements: int, dtype: torch.dtype) -> int:
+    """How many rows of so many elements a piece holds.
+
+    In bf16 three times as many: products are over sooner, while calls around them cost the same.
+    """
+    return PIECE * (3 if dtype == torch.bfloat16 else 1) // elements
+
+
 def _cast(layer: Layer, dtype: torch.dtype) -> Layer:
     return layer[0].to(dtype), layer[1].to(dtype)
 
@@ -247,13 +259,13 @@ def _mlp_parts(
     fc1, fc2 = _cast(fc1, dtype), _cast(fc2, dtype)
     if dwconv is None:
         tokens = x.reshape(-1, 1, x.shape[-1])
-        for rows in _pieces(len(tokens), PIECE // len(fc1[0])):
+        for rows in _pieces(len(tokens), _fitting(len(fc1[0]), dtype)):
             part = _normed(tokens[rows], norm, dtype)
             yield (slice(None), rows), product(product(part, *fc1, gelu=True), *fc2)
         return
     dwconv = _cast(dwconv, dtype)
     batch, height, width, _ = x.shape
-    for images in _pieces(batch, PIECE // 2 // (height * width * len(fc1[0]))):
+    for images in _pieces(batch, _fitting(2 * height * width * len(fc1[0]), dtype)):
         for rows, part in _mlp_bands(x[images], norm, fc1, fc2, dwconv, relu):
             yield (images, rows), part
 
@@ -268,10 +280,10 @@ def _mlp_bands(
     """Yield result bands; each takes one row more on each side for the convolution."""
     images, height, width, _ = x.shape
     hidden, dtype = len(fc1[0]), fc1[0].dtype
-    block = hidden if images * height * width * hidden <= PIECE else min(hidden, BLOCK)
+    block = hidden if _fitting(images * height * width * hidden, dtype) else min(hidden, BLOCK)
     blocks = list(_pieces(hidden, block))
     last = [fc2[0][:, channels].contiguous() for channels in blocks]
-    for rows in _pieces(height, PIECE // 2 // (images * width * block)):  # two buffers at a time
+    for rows in _pieces(height, _fitting(2 * images * width * block, dtype)):  # two buffers at once
         top = max(rows.start - 1, 0)
         band = _normed(x[:, top : rows.stop + 1], norm, dtype)
         inner = slice(rows.start - top, rows.stop - top)
@@ -332,7 +344,8 @@ class MlpFunction(torch.autograd.Function):
         """Run the perceptron in ``dtype``."""
         ctx.relu, ctx.dtype = relu, dtype
         saved = (x, weight1, bias1, weight2, bias2, dw_weight, dw_bias)
-        if x.numel() // x.shape[-1] * len(weight1) > KEPT:
+        layers_kept = 1 if dw_weight is None else 2
+        if x.numel() // x.shape[-1] * len(weight1) * layers_kept > KEPT:
             ctx.save_for_backward(*saved)
             dwconv: Any = None if dw_weight is None else (dw_weight, dw_bias)
             return mlp(x, (weight1, bias1), (weight2, bias2), dwconv, relu, dtype)
@@ -369,7 +382,7 @@ def _summed_grads(x: Tensor, grad: Tensor, saved: tuple, relu: bool) -> list[Ten
     channel_parts, token_parts = [whole], [whole]
     if dwconv[0] is None:
         x, grad = (t.reshape(1, 1, -1, shape[-1]) for t in (x, grad))
-        token_parts = list(_pieces(x.shape[2], PIECE // hidden))
+        token_parts = list(_pieces(x.shape[2], _fitting(hidden, x.dtype)))
     else:
         channel_parts = list(_channel_parts(x, hidden))
     sums: list[Any] = [
@@ -424,7 +437,7 @@ def _part_grads(
 
 def _channel_parts(x: Tensor, hidden: int) -> Iterator[slice]:
     """Cut hidden channels into about a piece each; the convolution needs each one whole."""
-    return _pieces(hidden, max(PIECE // (x.numel() // x.shape[-1]) // 64 * 64, 64))
+    return _pieces(hidden, max(_fitting(x.numel() // x.shape[-1], x.dtype) // 64 * 64, 64))
 
 
 def _block_layers(saved: tuple, channels: slice, dtype: torch.dtype) -> tuple:
@@ -491,7 +504,7 @@ def reduced(x: Tensor, norm: Norm, weight: Tensor, bias: Tensor | None, stride: 
         x: (B, H, W, C) -> (B, H // stride, W // stride, C); weight: (C, C, stride, stride).
     """
     height = x.shape[1] // stride * stride
-    band = max(PIECE // x[:, :stride].numel(), 1) * stride
+    band = max(_fitting(x[:, :stride].numel(), x.dtype), 1) * stride
     parts = [
         convolution(norm(x[:, rows]).to(weight.dtype), weight, bias, stride)
         for rows in _pieces(height, band)
@@ -541,11 +554,12 @@ def _attention_to(
 
     It takes queries (n, C), which it may overwrite, and returns the result in this shape.
     """
+    piece = _fitting(len(key), key.dtype)
     if FUSED_ATTENTION_IS_FASTER:
         k, v = key[None], value[None]
-        return lambda q: fused_attention(q[None], k, v, num_heads)[0], PIECE // key.shape[1]
+        return lambda q: fused_attention(q[None], k, v, num_heads)[0], piece
     heads = _prepared(key, value, num_heads)
-    return functools.partial(_attend, heads=heads), PIECE // len(key)
+    return functools.partial(_attend, heads=heads), piece
 
 
 def fused_attention(
@@ -604,7 +618,7 @@ def _attend(queries: Tensor, heads: list[Head]) -> Tensor:
     for q, head, longest in zip(split, heads, _longest(queries, len(heads))):
         weights = product(q.contiguous(), head.keys)  # (n, M)
         if longest * head.longest < MAX_POWER:  # bounds each score; not so for NaN
-            total = weights.exp2_().sum(-1, keepdim=True, dtype=_wide(q))
+            total = weights.exp2_().sum(-1, keepdim=True)
             torch.div(product(weights, head.values), total, out=q)
         else:
             q.copy_(product(weights.mul_(1 / LOG2_E).softmax(-1), head.values))
@@ -621,7 +635,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tens
     out = query.clone()
     for queries, k, v in zip(out, key, value):
         heads = _prepared(k, v, num_heads)
-        for rows in _pieces(len(queries), PIECE // len(k)):
+        for rows in _pieces(len(queries), _fitting(len(k), k.dtype)):
             _attend(queries[rows], heads)
     return out
 
@@ -667,7 +681,7 @@ class AttentionFunction(torch.autograd.Function):
             k, v = k * scale, v.contiguous()  # (M, d)
             k_t = k.t()  # (d, M)
             sum_k, sum_v = (k.new_zeros(k.shape, dtype=_wide(k)) for _ in range(2))
-            for rows in _pieces(len(q), PIECE // len(k)):
+            for rows in _pieces(len(q), _fitting(len(k), k.dtype)):
                 queries, grad_rows = q[rows].contiguous(), g[rows].contiguous()
                 weights = product(queries, k).softmax(-1)  # (n, M)
                 sum_v += weight_grad(weights, grad_rows)

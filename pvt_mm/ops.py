@@ -165,6 +165,7 @@ def attention(
     fused = kernels.FUSED_ATTENTION_IS_FASTER or not _has_many_scores(query, key)
     attend: Callable[..., Tensor]
     if needs_grad(query, key, value):
+        fused |= kernels.FUSED_TRAINING_IS_FASTER and query.dtype == torch.float32
         attend = kernels.spread_attention if fused else kernels.AttentionFunction.apply
     else:
         attend = kernels.fused_attention if fused else kernels.attention

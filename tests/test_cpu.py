@@ -33,26 +33,27 @@ def test_the_last_level_cache_is_told_by_linux(tmp_path, text, size):
 
 
 @pytest.mark.parametrize(
-    ('vendor', 'family', 'capability', 'mkl', 'fused', 'narrow'),
+    ('vendor', 'family', 'capability', 'mkl', 'fused', 'training', 'narrow'),
     [
-        ('AuthenticAMD', 25, 'AVX2', True, True, False),
-        ('AuthenticAMD', 25, 'AVX512', False, False, False),
-        ('AuthenticAMD', 26, 'AVX512', False, False, True),
-        ('GenuineIntel', 6, 'AVX512', False, True, False),
-        ('GenuineIntel', 207, 'AVX512', False, True, False),
-        ('', 0, 'AVX512', False, False, False),
+        ('AuthenticAMD', 25, 'AVX2', True, True, True, False),
+        ('AuthenticAMD', 25, 'AVX512', False, False, True, False),
+        ('AuthenticAMD', 26, 'AVX512', False, False, False, True),
+        ('GenuineIntel', 6, 'AVX512', False, True, True, False),
+        ('GenuineIntel', 207, 'AVX512', False, True, True, False),
+        ('', 0, 'AVX512', False, False, True, False),
     ],
 )
 def test_the_processor_chooses_the_road(
-    monkeypatch, vendor, family, capability, mkl, fused, narrow
+    monkeypatch, vendor, family, capability, mkl, fused, training, narrow
 ):
     """AVX2 alone, Zen 4, Zen 5 and Intel; the general one where nothing is known."""
     monkeypatch.setattr(cpu, 'vendor_and_family', lambda: (vendor, family))
     monkeypatch.setattr(torch.backends.mkl, 'is_available', lambda: True)
     monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: capability)
     roads = fresh_kernels()
-    chosen = roads.MKL_IS_FASTER, roads.FUSED_ATTENTION_IS_FASTER, roads.MKL_IS_NARROW
-    assert chosen == (mkl, fused, narrow)
+    assert (roads.MKL_IS_FASTER, roads.MKL_IS_NARROW) == (mkl, narrow)
+    chosen = roads.FUSED_ATTENTION_IS_FASTER, roads.FUSED_TRAINING_IS_FASTER
+    assert chosen == (fused, training)
 
 
 def test_without_mkl_nothing_is_left_to_it(monkeypatch):
@@ -60,7 +61,8 @@ def test_without_mkl_nothing_is_left_to_it(monkeypatch):
     monkeypatch.setattr(cpu, 'vendor_and_family', lambda: ('GenuineIntel', 6))
     monkeypatch.setattr(torch.backends.mkl, 'is_available', lambda: False)
     roads = fresh_kernels()
-    assert not roads.MKL_IS_FASTER and not roads.FUSED_ATTENTION_IS_FASTER
+    assert not roads.MKL_IS_FASTER
+    assert not roads.FUSED_ATTENTION_IS_FASTER and not roads.FUSED_TRAINING_IS_FASTER
 
 
 @pytest.mark.parametrize(

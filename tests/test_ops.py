@@ -17,22 +17,23 @@ from pvt_mm import PVT, PVTv2, kernels, ops
 few = settings(max_examples=25, deadline=None)
 
 
-#: What each kind of CPU sets; what is left out stays what it is here.
+#: What is true of each kind of CPU; what else may be true is not.
 CPUS = {
-    'avx2': dict(
-        MKL_IS_FASTER=True, FUSED_ATTENTION_IS_FASTER=True, MKL_IS_NARROW=False, BF16_IS_SLOW=True
-    ),
-    'intel': dict(MKL_IS_FASTER=False, FUSED_ATTENTION_IS_FASTER=True, MKL_IS_NARROW=False),
-    'zen4': dict(MKL_IS_FASTER=False, FUSED_ATTENTION_IS_FASTER=False, MKL_IS_NARROW=False),
-    'zen5': dict(MKL_IS_FASTER=False, FUSED_ATTENTION_IS_FASTER=False, MKL_IS_NARROW=True),
-}
+    'avx2': [
+        'MKL_IS_FASTER', 'FUSED_ATTENTION_IS_FASTER', 'FUSED_TRAINING_IS_FASTER', 'BF16_IS_SLOW'
+    ],
+    'intel': ['FUSED_ATTENTION_IS_FASTER', 'FUSED_TRAINING_IS_FASTER'],
+    'zen4': ['FUSED_TRAINING_IS_FASTER'],
+    'zen5': ['MKL_IS_NARROW'],
+}  # fmt: skip
+ROADS = ('MKL_IS_FASTER', 'FUSED_ATTENTION_IS_FASTER', 'FUSED_TRAINING_IS_FASTER', 'MKL_IS_NARROW')
 
 
 @pytest.fixture(autouse=True, params=CPUS.values(), ids=CPUS)
 def small_pieces(monkeypatch, request):
     """Pieces of a few rows, so that small tensors are cut as large ones are; all kinds of CPU."""
-    for name, value in request.param.items():
-        monkeypatch.setattr(kernels, name, value)
+    for name in {*ROADS, *request.param}:
+        monkeypatch.setattr(kernels, name, name in request.param)
     monkeypatch.setattr(kernels, 'PIECE', 2**9)
     monkeypatch.setattr(kernels, 'KEPT', 2**9)
     monkeypatch.setattr(kernels, 'BLOCK', 16)
@@ -201,21 +202,23 @@ def test_one_head_is_shared_by_all_threads(monkeypatch):
     assert calls == [(4, 9, 8), (1, 36, 8)]
 
 
-def test_a_small_hidden_layer_is_kept(monkeypatch):
+@pytest.mark.parametrize('depthwise', [False, True])
+def test_a_small_hidden_layer_is_kept(monkeypatch, depthwise):
     """Up to KEPT elements it is not made again; above, nothing but the input is kept."""
-    x, fc1, fc2, dwconv = mlp_inputs(0, 1, 4, 4, 8, 32, depthwise=True, grad=True)
+    x, fc1, fc2, dwconv = mlp_inputs(0, 1, 4, 4, 8, 32, depthwise=depthwise, grad=True)
+    elements = 4 * 4 * 32 * (2 if depthwise else 1)
     made = []
     hidden = kernels._hidden
     monkeypatch.setattr(kernels, '_hidden', lambda *args: made.append(1) or hidden(*args))
     grads = []
-    for kept in (4 * 4 * 32, 4 * 4 * 32 - 1):
+    for kept in (elements, elements - 1):
         monkeypatch.setattr(kernels, 'KEPT', kept)
         out = ops.mlp(x, fc1, fc2, dwconv)
         sizes = [t.numel() for t in out.grad_fn.saved_tensors if t is not None]
-        assert (sizes.count(4 * 4 * 32) == 2) == (kept == 4 * 4 * 32)
+        assert (sizes.count(4 * 4 * 32) == 2) == (kept == elements)
         before = len(made)
         grads.append(torch.autograd.grad(out.square().sum(), leaves((x, fc1, fc2, dwconv))))
-        assert (len(made) == before) == (kept == 4 * 4 * 32)
+        assert (len(made) == before) == (kept == elements)
     for a, b in zip(*grads):
         close(a, b)
 
@@ -285,6 +288,24 @@ def attention_inputs(seed, batch, queries, keys, heads, dim, **kwargs):
     query = draw(batch, queries, heads * dim, seed=seed, **kwargs)
     both = draw(batch, keys, 2 * heads * dim, seed=seed + 1, **kwargs)
     return query, both
+
+
+@pytest.mark.parametrize(('dtype', 'sizes'), [(torch.float32, [12, 12, 3]), (torch.bfloat16, [27])])
+def test_pieces_in_bf16_are_three_times_as_large(monkeypatch, dtype, sizes):
+    """12 queries of 40 keys are a piece of 2**9 elements."""
+    seen, run = [], kernels.product
+    monkeypatch.setattr(kernels, 'product', lambda x, *args: seen.append(len(x)) or run(x, *args))
+    query, both = attention_inputs(0, 1, 27, 40, 1, 8, dtype=dtype)
+    kernels.attention(query, *both.chunk(2, -1), 1)
+    assert seen[::2] == sizes  # every other one is with the values
+
+
+def test_the_weights_of_many_keys_sum_to_one_in_bf16():
+    """Their total is gathered in fp32: in bf16 it would stand still at 256 times the largest."""
+    query, both = attention_inputs(0, 1, 5, 5000, 2, 8, dtype=torch.bfloat16)
+    ones = torch.ones(1, 5000, 16, dtype=torch.bfloat16)
+    out = kernels.attention(query / 8, both.chunk(2, -1)[0], ones, 2)
+    close(out.float(), torch.ones_like(out, dtype=torch.float32), 0.01)
 
 
 @few

@@ -19,6 +19,10 @@ spec.loader.exec_module(tool)
 
 pytestmark = pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='there is no /proc')
 
+#: Megabytes that are written to, and how much else may come and go in a process that has run
+#: other tests: its threads let memory go when they please.
+WRITTEN, SLACK = 512, 64
+
 
 @given(
     st.floats(-0.01, 0.5),
@@ -36,18 +40,22 @@ def test_the_line_rises_as_the_memory_does(slope, start, noise):
 def test_resident_memory_is_measured():
     """What is written to counts."""
     before = tool.resident()
-    with mmap.mmap(-1, 2**26) as kept:  # no memory that was freed before can serve
-        for page in range(0, 2**26, mmap.PAGESIZE):
-            kept[page] = 1
-        assert 60 < tool.resident() - before < 70
+    with written():
+        assert abs(tool.resident() - before - WRITTEN) < SLACK
+
+
+def written():
+    """Memory of which every page is written to, and which none that was freed before can serve."""
+    memory = mmap.mmap(-1, WRITTEN * 2**20)
+    for page in range(0, len(memory), mmap.PAGESIZE):
+        memory[page] = 1
+    return memory
 
 
 def hold(ready):
-    kept = mmap.mmap(-1, 2**26)
-    for page in range(0, 2**26, mmap.PAGESIZE):
-        kept[page] = 1
-    ready.set()
-    time.sleep(60)
+    with written():
+        ready.set()
+        time.sleep(60)
 
 
 def test_workers_count_and_shared_pages_count_once():
@@ -60,7 +68,7 @@ def test_workers_count_and_shared_pages_count_once():
     both = tool.resident()
     worker.kill()
     worker.join()
-    assert 60 < both - alone < 100 < alone
+    assert abs(both - alone - WRITTEN) < SLACK < alone
 
 
 def test_a_slice_of_the_soak(small_config, demo_data, tmp_path):
