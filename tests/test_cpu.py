@@ -51,9 +51,9 @@ def test_the_processor_chooses_the_road(
     monkeypatch.setattr(torch.backends.mkl, 'is_available', lambda: True)
     monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: capability)
     roads = fresh_kernels()
-    assert (roads.MKL_IS_FASTER, roads.MKL_IS_NARROW) == (mkl, narrow)
-    chosen = roads.FUSED_ATTENTION_IS_FASTER, roads.FUSED_TRAINING_IS_FASTER
-    assert chosen == (fused, training)
+    products = roads.MKL_IS_FASTER, roads.MKL_IS_NARROW
+    attention = roads.FUSED_ATTENTION_IS_FASTER, roads.FUSED_TRAINING_IS_FASTER
+    assert products == (mkl, narrow) and attention == (fused, training)
 
 
 def test_without_mkl_nothing_is_left_to_it(monkeypatch):
