@@ -597,7 +597,7 @@ class Head(NamedTuple):
     """Keys and values of a head, ready for any number of queries."""
 
     keys: Tensor  # (M, d), scaled so that scores are powers of two
-    values: Tensor  # (d, M)
+    values: Tensor  # (d, M); both the transpose of what is contiguous, the faster way in fp32
     longest: float  # of the keys
 
 
@@ -607,7 +607,7 @@ def _prepared(key: Tensor, value: Tensor, num_heads: int) -> list[Head]:
     key = key * scale
     keys, values = (t.unflatten(1, (num_heads, -1)).unbind(1) for t in (key, value))
     return [
-        Head(k.contiguous(), v.t().contiguous(), longest)
+        Head(k.t().contiguous().t(), v.contiguous().t(), longest)
         for k, v, longest in zip(keys, values, _longest(key, num_heads))
     ]
 
