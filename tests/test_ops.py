@@ -322,6 +322,21 @@ def test_attention_in_pieces_is_the_plain_one(shape, sharpness):
     close(ops.attention(query, key, value, heads), exact, 3e-5, rounding)
 
 
+@pytest.mark.parametrize('faster', [False, True])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_training_in_fp32_may_take_the_fused_attention(monkeypatch, dtype, faster):
+    """Where the CPU makes it the faster one for that alone; in bf16 and inference pieces stay."""
+    monkeypatch.setattr(kernels, 'FUSED_ATTENTION_IS_FASTER', False)
+    monkeypatch.setattr(kernels, 'FUSED_TRAINING_IS_FASTER', faster)
+    query, both = attention_inputs(0, 1, 12, 10, 2, 8, dtype=dtype, grad=True)
+    out = ops.attention(query, *both.chunk(2, -1), 2)
+    in_pieces = 'AttentionFunction' in out.grad_fn.name()
+    assert in_pieces == (not faster or dtype == torch.bfloat16)
+    monkeypatch.setattr(kernels, 'fused_attention', None)  # to be called by nobody
+    with torch.no_grad():
+        ops.attention(query, *both.chunk(2, -1), 2)
+
+
 @few
 @given(attentions)
 def test_attention_gradients_are_the_plain_ones(shape):
