@@ -17,7 +17,7 @@ from pvt_mm import PVT, PVTv2, kernels, ops
 few = settings(max_examples=25, deadline=None)
 
 
-#: What is true of each kind of CPU; what else may be true is not.
+#: What is true of each kind of CPU; the other roads are not, and how it does bf16 stays as here.
 CPUS = {
     'avx2': [
         'MKL_IS_FASTER', 'FUSED_ATTENTION_IS_FASTER', 'FUSED_TRAINING_IS_FASTER', 'BF16_IS_SLOW'
