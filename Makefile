@@ -34,10 +34,10 @@ $(STAMP): tools/install.sh setup.py pyproject.toml $(wildcard requirements/*.txt
 	@touch '$@'
 
 demo: install
-	$(BIN)/python tools/demo.py --task det $(if $(QUICK),--quick)
+	$(BIN)/python tools/demo/demo.py --task det $(if $(QUICK),--quick)
 
 demo-all: install
-	$(BIN)/python tools/demo.py --task all $(if $(QUICK),--quick)
+	$(BIN)/python tools/demo/demo.py --task all $(if $(QUICK),--quick)
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(TESTS)

@@ -2,21 +2,26 @@
 
 import warnings
 
-from ._install import check_requirements, register_config_packages
+from pvt_mm.requirements import check_requirements, register_config_packages
 
 check_requirements()
 with warnings.catch_warnings():
     warnings.filterwarnings('ignore', message='pkg_resources is deprecated')  # mmengine's import
     register_config_packages()
 
-from .checkpoint import CheckpointMismatchError, convert_checkpoint  # noqa: E402
-from .hooks import NonFiniteHook, PVTCheckpointHook  # noqa: E402
-from .optim import PVTOptimWrapperConstructor  # noqa: E402
-from .pvt import PVT  # noqa: E402
-from .pvt_v2 import PVTv2  # noqa: E402
-from .resume import ResumableBatchSampler, ResumableCheckpointHook  # noqa: E402
-from .swap import swap_backbone  # noqa: E402
-from .version import __version__  # noqa: E402
+from pvt_mm import _moved  # noqa: E402, F401
+from pvt_mm.apis.swap import swap_backbone  # noqa: E402
+from pvt_mm.checkpoint import convert_checkpoint  # noqa: E402
+from pvt_mm.engine import (  # noqa: E402
+    NonFiniteHook,
+    PVTCheckpointHook,
+    PVTOptimWrapperConstructor,
+    ResumableBatchSampler,
+    ResumableCheckpointHook,
+)
+from pvt_mm.errors import CheckpointMismatchError  # noqa: E402
+from pvt_mm.models import PVT, PVTv2  # noqa: E402
+from pvt_mm.version import __version__  # noqa: E402
 
 __all__ = [
     'PVT',

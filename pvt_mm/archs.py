@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pvt_mm.errors import ArchError
+
 #: Pixels from one patch to the next, stage by stage: total strides 4, 8, 16 and 32.
 STRIDES = (4, 2, 2, 2)
 
@@ -37,10 +39,6 @@ PVT_V2_ARCHS: dict[str, dict[str, Any]] = {
     'b4': {**_PYRAMID, 'depths': (3, 8, 27, 3)},
     'b5': {**_PYRAMID, 'depths': (3, 6, 40, 3), 'mlp_ratios': (4, 4, 4, 4)},
 }
-
-
-class ArchError(ValueError):
-    """An architecture that is unknown or does not fit together."""
 
 
 def resolve_arch(

@@ -5,16 +5,13 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from mmengine.hooks import LoggerHook
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 #: Seconds between two lines where stderr is no terminal.
 PAUSE = 10.0
-#: Log lines that a run should have at least.
-LINES = 10
 
 T = TypeVar('T')
 
@@ -72,15 +69,3 @@ def readable(seconds: float) -> str:
     if seconds < 3600:
         return f'{seconds / 60:.1f} min'
     return f'{seconds / 3600:.1f} h'
-
-
-def fit_log_interval(runner: Any, iterations: int) -> None:
-    """Have a short run log about ten times, where the config's interval would hide it.
-
-    Args:
-        runner: A Runner of mmengine.
-        iterations: Of the whole run.
-    """
-    for hook in runner.hooks:
-        if isinstance(hook, LoggerHook):
-            hook.interval = min(hook.interval, max(iterations // LINES, 1))

@@ -1,5 +1,7 @@
 """Which release of mmdet or mmseg is the first to have a part, by the names each registers."""
 
+from __future__ import annotations
+
 #: What mmdet 3.0.0 and mmsegmentation 1.0.0 have not; the maintained fork has all before it too.
 _ADDED = {
     'mmdet': {

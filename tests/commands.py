@@ -12,7 +12,7 @@ from unittest import mock
 import conftest
 from reference import REPO
 
-from pvt_mm import configs
+from pvt_mm.config import find_config
 
 load_tool = functools.cache(conftest.load_tool)
 #: What a launcher's arguments are to the tool that it starts: how many come before them, and those
@@ -163,4 +163,4 @@ def check_place(word, made):
     if word.startswith(KEPT):
         assert (REPO / word).exists(), f'there is no {word}'
     elif re.match(r'mm(det|seg)::', word):
-        configs.find(word)
+        find_config(word)

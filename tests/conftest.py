@@ -15,7 +15,8 @@ import torch
 from mmengine.utils import ManagerMixin
 from reference import REPO, SMALL
 
-from pvt_mm import cli, runtime
+from pvt_mm.config import load_config, set_data_root
+from pvt_mm.engine import runtime
 
 #: What makes a demo config small enough for a test, besides its backbone.
 SHORT = """
@@ -61,7 +62,7 @@ TASKS = {
 def demo_data(tmp_path_factory):
     """A small generated data set, in COCO's layout (coco) and ADE20K's (ade)."""
     root = tmp_path_factory.mktemp('data')
-    make = [sys.executable, 'tools/make_demo_data.py', '--out', str(root / 'demo')]
+    make = [sys.executable, 'tools/demo/make_demo_data.py', '--out', str(root / 'demo')]
     subprocess.run([*make, '--train', '6', '--val', '2'], cwd=REPO, check=True)
     return root / 'demo'
 
@@ -88,11 +89,11 @@ def small_config(tmp_path):
 def config(tmp_path_factory):
     """Load each task's small config once: config('det', ROOT) -> a copy with its data there."""
     folder = tmp_path_factory.mktemp('configs')
-    load = functools.cache(lambda task: cli.load_config(str(write_config(folder, task))))
+    load = functools.cache(lambda task: load_config(str(write_config(folder, task))))
 
     def copied(task, root):
         cfg = copy.deepcopy(load(task))
-        cli.set_data_root(cfg, str(root))
+        set_data_root(cfg, str(root))
         return cfg
 
     return copied
@@ -107,10 +108,14 @@ def forget_runs(cls):
 
 def load_tool(name):
     """Import a tool as a module."""
-    spec = importlib.util.spec_from_file_location(f'tool_{name}', REPO / 'tools' / f'{name}.py')
+    (file,) = [
+        *REPO.glob(f'tools/{name}.py'), *REPO.glob(f'tools/*/{name}.py'),
+        *REPO.glob(f'tests/stress/{name}.py'),
+    ]  # fmt: skip
+    spec = importlib.util.spec_from_file_location(f'tool_{name}', file)
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:  # tools import their neighbours
-        patch.syspath_prepend(str(REPO / 'tools'))
+        patch.syspath_prepend(str(file.parent))
         spec.loader.exec_module(module)
     return module
 

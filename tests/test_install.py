@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import pvt_mm
-from pvt_mm import _install
+from pvt_mm import requirements
 
 ROOT = Path(__file__).parents[1]
 OPENMMLAB = {'torch': '2.13.0', 'mmengine': '0.10.7', 'mmcv': '2.1.0', 'mmsegmentation': '1.2.2'}
@@ -33,8 +33,10 @@ def pretend(monkeypatch):
                 raise PackageNotFoundError(name)
             return distributions[name]
 
-        monkeypatch.setattr(_install, 'version', version)
-        monkeypatch.setattr(_install, 'find_spec', lambda name: name if name in modules else None)
+        monkeypatch.setattr(requirements, 'version', version)
+        monkeypatch.setattr(
+            requirements, 'find_spec', lambda name: name if name in modules else None
+        )
 
     return install
 
@@ -43,13 +45,13 @@ def pretend(monkeypatch):
 def test_either_stack_is_accepted(pretend, distributions):
     """Both sets of distributions satisfy the requirements."""
     pretend(distributions)
-    _install.check_requirements()
+    requirements.check_requirements()
 
 
 def test_fork_needs_no_pkg_resources(pretend):
     """The fork reads importlib.metadata instead, so setuptools is not asked for there."""
     pretend(ONEDL, modules=('torch', 'mmengine', 'mmcv'))
-    _install.check_requirements()
+    requirements.check_requirements()
 
 
 @pytest.mark.parametrize(
@@ -99,7 +101,7 @@ def test_one_sentence_for_what_is_missing_or_old(pretend, distributions, modules
     """The message names each part at fault and the command for the stack that is there."""
     pretend(distributions, modules)
     with pytest.raises(ImportError) as error:
-        _install.check_requirements()
+        requirements.check_requirements()
     assert str(error.value) == f'pvt_mm needs {fault}; run: {command}'
 
 
@@ -107,10 +109,10 @@ def test_source_tree_without_metadata_is_asked_itself(pretend, monkeypatch):
     """A module on PYTHONPATH has no distribution: its own `__version__` counts."""
     pretend({name: OPENMMLAB[name] for name in ('torch', 'mmengine')})
     monkeypatch.setattr(
-        _install, 'import_module', lambda name: type(name, (), {'__version__': '1.9.0'})
+        requirements, 'import_module', lambda name: type(name, (), {'__version__': '1.9.0'})
     )
     with pytest.raises(ImportError, match=r'mmcv>=2\.0 \(1\.9\.0 installed\)'):
-        _install.check_requirements()
+        requirements.check_requirements()
 
 
 def test_import_without_mmcv_fails_in_that_sentence():
@@ -133,7 +135,7 @@ def test_check_is_cheap():
 
 def test_pins_of_messages_are_the_pins_of_the_files():
     """The commands in the messages install the versions that requirements/ pins."""
-    for stack, commands in _install._COMMANDS.items():
+    for stack, commands in requirements._COMMANDS.items():
         pins = (ROOT / 'requirements' / f'{stack}.txt').read_text().splitlines()
         for pin in re.findall(r'\S+==\S+', ' '.join(commands.values())):
             assert pin in pins
@@ -155,7 +157,7 @@ def test_register_config_packages_touches_its_own_entries_only(monkeypatch, pret
     for distributions, mmseg in ((OPENMMLAB, 'mmsegmentation'), (fork, 'mmseg')):
         pretend(distributions)
         monkeypatch.setattr(utils, 'MODULE2PACKAGE', dict(original))
-        _install.register_config_packages()
+        requirements.register_config_packages()
         assert original | {'mmseg': mmseg, 'pvt_mm': 'pvt_mm.version'} == utils.MODULE2PACKAGE
 
 

@@ -9,7 +9,8 @@ import json
 from pathlib import Path
 
 from pvt_mm import cli
-from pvt_mm.inference import Predictor
+from pvt_mm.apis.inference import Predictor
+from pvt_mm.config import load_config
 
 
 def parse_args() -> argparse.Namespace:
@@ -31,7 +32,7 @@ def parse_args() -> argparse.Namespace:
 @cli.main_errors
 def main() -> None:
     args = parse_args()
-    cfg = cli.load_config(args.config, args.cfg_options)
+    cfg = load_config(args.config, args.cfg_options)
     predictor = Predictor(cfg, args.checkpoint, args.device)
     out_dir = Path(args.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)

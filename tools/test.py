@@ -9,7 +9,22 @@ import os
 
 from mmengine.runner import Runner
 
-from pvt_mm import cli, data_guard, progress, runtime
+from pvt_mm import cli
+from pvt_mm.config import CODEBASES, load_config, task_of
+from pvt_mm.datasets import guard
+from pvt_mm.datasets.consistency import check_classes, check_data
+from pvt_mm.engine import runtime
+from pvt_mm.engine.distributed import shutdown_distributed
+from pvt_mm.engine.options import (
+    add_checkpoint_hook,
+    check_checkpoint,
+    enable_tta,
+    keep_predictions,
+    show_predictions,
+    use_fast_coco_eval,
+    without_pretrained,
+)
+from pvt_mm.engine.runner import fit_log_interval
 
 
 def parse_args() -> argparse.Namespace:
@@ -37,10 +52,10 @@ def parse_args() -> argparse.Namespace:
 @cli.main_errors
 def main() -> None:
     args = parse_args()
-    cfg = cli.load_config(args.config, args.cfg_options, args.data_root)
-    task = cli.task_of(cfg, cli.CODEBASES)
-    cli.check_data(cfg, ('test_dataloader',))
-    data_guard.check_classes(cfg, args.config, ('test_dataloader',))
+    cfg = load_config(args.config, args.cfg_options, args.data_root)
+    task = task_of(cfg, CODEBASES)
+    check_data(cfg, ('test_dataloader',))
+    check_classes(cfg, args.config, ('test_dataloader',))
     cfg.launcher = args.launcher
     os.environ.setdefault('LOCAL_RANK', '0')
     cfg.load_from = args.checkpoint
@@ -48,23 +63,23 @@ def main() -> None:
     if args.work_dir:
         cfg.work_dir = args.work_dir
     if args.fast_coco_eval:
-        cli.use_fast_coco_eval(cfg)
+        use_fast_coco_eval(cfg)
     if args.show_dir:
-        cli.show_predictions(cfg, args.show_dir)
+        show_predictions(cfg, args.show_dir)
     if args.out:
-        cli.keep_predictions(cfg, args.out)
+        keep_predictions(cfg, args.out)
     if args.tta:
-        cli.enable_tta(cfg, task)
-    cli.check_checkpoint(args.checkpoint)
+        enable_tta(cfg, task)
+    check_checkpoint(args.checkpoint)
     # The checkpoint brings the backbone's weights; published ones need not be fetched for it.
-    cli.without_pretrained(cfg)
-    cli.add_checkpoint_hook(cfg, whole=True)
+    without_pretrained(cfg)
+    add_checkpoint_hook(cfg, whole=True)
     runtime.setup(cfg)
     runner = Runner.from_cfg(cfg)
-    data_guard.guard_loading(runner, args.config)
-    progress.fit_log_interval(runner, len(runner.test_dataloader))
+    guard.guard_loading(runner, args.config)
+    fit_log_interval(runner, len(runner.test_dataloader))
     runner.test()
-    runtime.leave_together()
+    shutdown_distributed()
 
 
 if __name__ == '__main__':

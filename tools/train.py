@@ -9,7 +9,22 @@ import os
 
 from mmengine.runner import Runner
 
-from pvt_mm import cli, data_guard, preflight, progress, resume, runtime
+from pvt_mm import cli
+from pvt_mm.config import CODEBASES, load_config, task_of
+from pvt_mm.datasets import guard
+from pvt_mm.datasets.consistency import check_classes, check_data
+from pvt_mm.engine import resume, runtime, training_summary
+from pvt_mm.engine.distributed import shutdown_distributed
+from pvt_mm.engine.options import (
+    add_checkpoint_hook,
+    add_hook,
+    add_tensorboard,
+    check_checkpoint,
+    check_pretrained,
+    enable_auto_scale_lr,
+    use_fast_coco_eval,
+)
+from pvt_mm.engine.runner import fit_log_interval
 
 
 def parse_args() -> argparse.Namespace:
@@ -66,10 +81,10 @@ def parse_args() -> argparse.Namespace:
 @cli.main_errors
 def main() -> None:
     args = parse_args()
-    cfg = cli.load_config(args.config, args.cfg_options, args.data_root, args.option)
-    cli.task_of(cfg, cli.CODEBASES)
-    cli.check_data(cfg, ('train_dataloader', 'val_dataloader'))
-    data_guard.check_classes(cfg, args.config, ('train_dataloader', 'val_dataloader'))
+    cfg = load_config(args.config, args.cfg_options, args.data_root, args.option)
+    task_of(cfg, CODEBASES)
+    check_data(cfg, ('train_dataloader', 'val_dataloader'))
+    check_classes(cfg, args.config, ('train_dataloader', 'val_dataloader'))
     cfg.launcher = args.launcher
     os.environ.setdefault('LOCAL_RANK', '0')
     if args.work_dir:
@@ -78,11 +93,11 @@ def main() -> None:
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
     if args.auto_scale_lr:
-        cli.enable_auto_scale_lr(cfg)
+        enable_auto_scale_lr(cfg)
     if args.fast_coco_eval:
-        cli.use_fast_coco_eval(cfg)
+        use_fast_coco_eval(cfg)
     if args.tensorboard:
-        cli.add_tensorboard(cfg)
+        add_tensorboard(cfg)
     if args.seed is not None:
         cfg.randomness = dict(cfg.get('randomness', {}), seed=args.seed)
     if args.deterministic:
@@ -94,19 +109,19 @@ def main() -> None:
         cfg.resume = 'auto'
     elif args.resume:
         cfg.resume, cfg.load_from = True, args.resume
-    cli.check_checkpoint(cfg.get('load_from'))
-    cli.check_pretrained(cfg)
-    cli.add_checkpoint_hook(cfg)
-    cli.add_hook(cfg, 'NonFiniteHook')
+    check_checkpoint(cfg.get('load_from'))
+    check_pretrained(cfg)
+    add_checkpoint_hook(cfg)
+    add_hook(cfg, 'NonFiniteHook')
     runtime.setup(cfg)
     resume.setup(cfg)
     with resume.clear_errors(cfg.work_dir):
         runner = Runner.from_cfg(cfg)
-        data_guard.guard_loading(runner, args.config, args.skip_bad_images)
-        runner.register_hook(preflight.PreflightHook())
-        progress.fit_log_interval(runner, runner.max_iters)
+        guard.guard_loading(runner, args.config, args.skip_bad_images)
+        runner.register_hook(training_summary.PreflightHook())
+        fit_log_interval(runner, runner.max_iters)
         runner.train()
-    runtime.leave_together()
+    shutdown_distributed()
 
 
 if __name__ == '__main__':

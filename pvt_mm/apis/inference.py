@@ -1,0 +1,166 @@
+"""A trained detector or segmentor on single images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mmcv
+import numpy as np
+import torch
+from mmcv.transforms import Compose
+from mmengine.config import Config
+from mmengine.registry import DATASETS, MODELS, VISUALIZERS, init_default_scope
+from mmengine.runner import CheckpointLoader
+from mmengine.runner.checkpoint import _load_checkpoint_to_model
+
+from pvt_mm.checkpoint.convert import unwrap
+from pvt_mm.config import datasets, task_of
+from pvt_mm.engine.checkpoint_hook import require_fit
+from pvt_mm.engine.options import without_pretrained
+from pvt_mm.engine.runtime import setup
+from pvt_mm.errors import UserError
+
+
+class Predictor:
+    """Apply a config's model and test pipeline to image files.
+
+    Args:
+        cfg: Config of a detector or segmentor.
+        checkpoint: Weights of the whole model; a file or URL.
+        device: Such as ``'cpu'`` or ``'cuda:0'``; by default the first GPU, else the CPU.
+
+    Raises:
+        UserError: Where the checkpoint cannot be read, or the config is of neither codebase.
+        CheckpointMismatchError: Where the weights are not of this model.
+    """
+
+    def __init__(self, cfg: Config, checkpoint: str, device: str | None = None) -> None:
+        setup(cfg)
+        self.task = task_of(cfg)
+        init_default_scope(self.task)
+        without_pretrained(cfg)
+        model = MODELS.build(cfg.model)
+        weights = unwrap(CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu'))
+        check = require_fit(model, weights, whole=True)
+        _load_checkpoint_to_model(model, {'state_dict': weights}, logger='current')
+        check.remove()
+        device = device or ('cuda:0' if torch.cuda.is_available() else 'cpu')
+        self.model = model.to(device).eval()
+        data = next(datasets(cfg, ['test_dataloader']))
+        self.dataset_meta = DATASETS.build(dict(data, lazy_init=True, pipeline=[])).metainfo
+        self.classes: list[str] = list(self.dataset_meta['classes'])
+        transforms = [t for t in data['pipeline'] if t['type'] != 'LoadAnnotations']
+        self.pipeline = Compose(transforms)
+        visualizer = dict(cfg.visualizer, vis_backends=None, name=f'predictor_{id(self)}')
+        self.visualizer = VISUALIZERS.build(visualizer)
+        self.visualizer.dataset_meta = self.dataset_meta
+
+    @torch.inference_mode()
+    def __call__(self, image: str | Path) -> Any:
+        """Return mmdet's ``DetDataSample`` or mmseg's ``SegDataSample`` of an image file.
+
+        Raises:
+            UserError: Where the file is missing or no image.
+        """
+        return self.model.test_step(self.load(image))[0]
+
+    def load(self, image: str | Path) -> dict[str, list]:
+        """Return an image file as the test pipeline gives it, a batch of one.
+
+        Raises:
+            UserError: Where the file is missing or no image.
+        """
+        read_pixels(image)
+        data = self.pipeline(dict(img_path=str(image), img_id=0))
+        return {k: [v] for k, v in data.items()}
+
+    def draw(self, image: str | Path, result: Any, out_file: Path, score_thr: float = 0.3) -> None:
+        """Write a picture with a result drawn over its image.
+
+        Args:
+            image: The image file that the result is of.
+            result: What calling the predictor returned.
+            out_file: The picture to write; its folder exists.
+            score_thr: Least score of boxes drawn.
+        """
+        pixels = read_pixels(image)
+        options = {'pred_score_thr': score_thr} if self.task == 'mmdet' else {}
+        self.visualizer.add_datasample(
+            Path(image).stem, pixels, result.cpu(), draw_gt=False, out_file=str(out_file), **options
+        )
+
+    def as_json(self, result: Any, score_thr: float = 0.3) -> dict[str, Any]:
+        """Return a result as plain lists and numbers.
+
+        Detection: ``objects``, best first, each with class, label, score, ``bbox`` (x1, y1, x2, y2
+        in pixels) and, for instances, ``mask`` in COCO's run-length encoding. Segmentation:
+        ``segments``, largest first, each with class, label, ``pixels`` and ``mask``.
+        """
+        if self.task == 'mmdet':
+            return {'objects': self._objects(result.pred_instances.cpu(), score_thr)}
+        return {'segments': self._segments(result.pred_sem_seg.data[0].cpu().numpy())}
+
+    def _objects(self, instances: Any, score_thr: float) -> list[dict[str, Any]]:
+        objects = []
+        for i in instances.scores.argsort(descending=True).tolist():
+            score = float(instances.scores[i])
+            if score < score_thr:
+                break
+            label = int(instances.labels[i])
+            found = {
+                'class': self.classes[label],
+                'label': label,
+                'score': round(score, 4),
+                'bbox': [round(side, 2) for side in instances.bboxes[i].tolist()],
+            }
+            if 'masks' in instances:
+                found['mask'] = _rle(np.asarray(instances.masks[i]))
+            objects.append(found)
+        return objects
+
+    def _segments(self, labels: np.ndarray) -> list[dict[str, Any]]:
+        values, counts = np.unique(labels, return_counts=True)
+        return [
+            {
+                'class': self.classes[int(values[i])],
+                'label': int(values[i]),
+                'pixels': int(counts[i]),
+                'mask': _rle(labels == values[i]),
+            }
+            for i in np.argsort(-counts)
+        ]
+
+    def summary(self, report: dict[str, Any]) -> str:
+        """Return one line on what ``as_json`` found."""
+        if self.task == 'mmdet':
+            names = [found['class'] for found in report['objects']]
+            counts = {name: names.count(name) for name in dict.fromkeys(names)}
+            return ', '.join(f'{n} {name}' for name, n in counts.items()) or 'nothing found'
+        total = sum(segment['pixels'] for segment in report['segments'])
+        return ', '.join(
+            f'{segment["class"]} {segment["pixels"] / total:.0%}'
+            for segment in report['segments'][:5]
+        )
+
+
+def read_pixels(image: str | Path) -> np.ndarray:
+    """Read an image file as RGB.
+
+    Raises:
+        UserError: Where it is missing or no image.
+    """
+    if not Path(image).is_file():
+        raise UserError(f'There is no image {image}; check the path.')
+    pixels = mmcv.imread(str(image))
+    if pixels is None:
+        raise UserError(f'{image} is no image that OpenCV can read; convert it to PNG or JPEG.')
+    return mmcv.bgr2rgb(pixels)
+
+
+def _rle(mask: np.ndarray) -> dict[str, Any]:
+    """Return a mask of shape (H, W) in COCO's compressed run-length encoding."""
+    from pycocotools import mask as coco_mask  # comes with mmdet; segmentation may lack it
+
+    encoded = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {'size': encoded['size'], 'counts': encoded['counts'].decode('ascii')}

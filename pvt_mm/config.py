@@ -1,0 +1,254 @@
+"""Find, load, walk and retarget configs."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import importlib.util
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config, ConfigDict
+
+from pvt_mm.errors import UserError
+
+CODEBASES = ('mmdet', 'mmseg', 'mmpretrain')
+LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
+
+
+def load_config(
+    path: str,
+    cfg_options: dict[str, Any] | None = None,
+    data_root: str | None = None,
+    training_options: Sequence[str] = (),
+) -> Config:
+    """Load a config, apply ``--option``, ``--cfg-options``, ``--data-root``, name its work dir.
+
+    Args:
+        path: A config file, or a name such as ``mmdet::retinanet/FILE.py``.
+        cfg_options: Keys with dots, and their values. A bare ``data_root``, which mmengine would
+            take and ignore, is treated as the argument of that name.
+        data_root: Where the data set lies; replaces the config's own root everywhere.
+        training_options: Names of files in ``configs/_base_/options``.
+
+    Raises:
+        UserError: Where the file is missing or is no config, it has several data roots, or there is
+            no such option.
+    """
+    cfg = read_config(path)
+    for name in training_options:
+        add_training_option(cfg, name)
+    options = dict(cfg_options or {})
+    data_root = data_root or options.pop('data_root', None)
+    for key in options:
+        _drop_none(cfg._cfg_dict, key.split('.')[:-1])
+    if options:
+        cfg.merge_from_dict(options)
+    if data_root:
+        set_data_root(cfg, data_root)
+    if cfg.get('work_dir') is None:
+        cfg.work_dir = str(Path('work_dirs') / Path(path).stem)
+    return cfg
+
+
+def add_training_option(cfg: Config, name: str) -> None:
+    """Merge an option of ``configs/_base_/options`` into a config.
+
+    An option's file names what it changes ``KEY_NAME``, such as ``optim_wrapper_layer_decay``, so
+    that it can stand among a leaf's bases, where mmengine refuses a key that another one sets.
+
+    Raises:
+        UserError: Where there is no such option.
+    """
+    files = {file.stem: file for file in (BUNDLED / '_base_' / 'options').glob('*.py')}
+    if name not in files:
+        raise UserError(f'There is no option {name!r}; choose of {", ".join(sorted(files))}.')
+    option = Config.fromfile(files[name])
+    cfg.merge_from_dict({key.removesuffix(f'_{name}'): option[key] for key in option})
+
+
+def _drop_none(node: Any, keys: list[str]) -> None:
+    """Remove a None on the way to an option's key, into which mmengine cannot merge a dict."""
+    for key in keys:
+        if not isinstance(node, dict) or key not in node:
+            return
+        if node[key] is None:
+            del node[key]
+            return
+        node = node[key]
+
+
+def set_data_root(cfg: Config, root: str) -> None:
+    """Point every data set and evaluator of a config at another root, in place.
+
+    Raises:
+        UserError: Where the config has no data root, or more than one.
+    """
+    old = {str(data['data_root']) for data in datasets(cfg) if data.get('data_root')}
+    if len(old) != 1:
+        raise UserError(
+            f'--data-root replaces one root, but this config has {sorted(old) or "none"}; '
+            'set each data set by --cfg-options, e.g. train_dataloader.dataset.data_root=DIR.'
+        )
+    before = old.pop().rstrip('/')
+    after = root.rstrip('/') or '/'
+
+    def moved(node: Any) -> Any:
+        if isinstance(node, dict):
+            for key in node:
+                node[key] = moved(node[key])
+        elif isinstance(node, (list, tuple)):
+            return type(node)(moved(child) for child in node)
+        elif isinstance(node, str) and (node == before or node.startswith(before + '/')):
+            return after + node[len(before) :]
+        return node
+
+    moved(cfg._cfg_dict)
+
+
+def datasets(cfg: Config, loaders: Sequence[str] = LOADERS) -> Iterator[ConfigDict]:
+    """Yield the data sets of a config's loaders, out of their wrappers."""
+
+    def inner(node: Any) -> Iterator[ConfigDict]:
+        if isinstance(node, (list, tuple)):
+            for child in node:
+                yield from inner(child)
+        elif 'dataset' in node:
+            yield from inner(node['dataset'])
+        elif 'datasets' in node:
+            yield from inner(node['datasets'])
+        else:
+            yield node
+
+    for loader in loaders:
+        if cfg.get(loader):
+            yield from inner(cfg[loader]['dataset'])
+
+
+def task_of(cfg: Config, codebases: Sequence[str] = ('mmdet', 'mmseg')) -> str:
+    """Return the codebase that a config is written for.
+
+    Args:
+        cfg: A config.
+        codebases: Those that the tool serves.
+
+    Raises:
+        UserError: Where it is another one, or not installed.
+    """
+    scope = cfg.get('default_scope')
+    if scope not in codebases:
+        served = f'{", ".join(codebases[:-1])} and {codebases[-1]}'
+        raise UserError(
+            f'The config has default_scope={scope!r}; this tool serves {served} configs.'
+        )
+    if scope == 'mmpretrain' and find_spec(scope) is None:
+        raise UserError(
+            "Classification needs mmpretrain and torchvision: pip install 'pvt-mm[classification]'."
+        )
+    return scope
+
+
+#: The configs that pvt_mm carries.
+BUNDLED = Path(__file__).parent / '.mim' / 'configs' / 'pvt'
+
+
+def read_config(name: str | Path, import_custom_modules: bool = True) -> Config:
+    """Load a config by its path or its ``PACKAGE::DIR/FILE.py`` name.
+
+    Raises:
+        UserError: Where there is none, naming the nearest, or it does not load.
+    """
+    file = find_config(str(name))
+    try:
+        return Config.fromfile(file, import_custom_modules=import_custom_modules)
+    except (SyntaxError, KeyError, TypeError, ImportError, OSError) as error:
+        reason = str(error).splitlines()[0].rstrip('.')
+        raise UserError(f'The config {name} does not load: {reason}.') from error
+
+
+def find_config(name: str) -> Path:
+    """Return the file of a config named by its path or as ``PACKAGE::DIR/FILE.py``.
+
+    Raises:
+        UserError: Where there is none, naming the nearest.
+    """
+    package, is_named, path = name.rpartition('::')
+    folder = config_folder(package) if is_named else Path()
+    file = folder / path
+    if file.is_file():
+        return file
+    if is_named:
+        known = [f'{package}::{other}' for other in config_names(folder)]
+        fallback = f'see {folder}.'
+    else:
+        fallback = 'check the path.'
+        known = [
+            os.path.relpath(other) if other.is_relative_to(Path.cwd()) else str(other)
+            for place in (BUNDLED.resolve(), file.parent.resolve())
+            for other in sorted(place.glob('*.py'))
+        ]
+    hint = nearest(file.stem, known, key=lambda other: Path(other).stem)
+    raise UserError(f'There is no config {name}; {hint or fallback}')
+
+
+def config_folder(package: str) -> Path:
+    """Return the folder of the configs that an installed package carries.
+
+    Raises:
+        UserError: Where it is not installed, or carries none.
+    """
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    for place in (spec.submodule_search_locations if spec else None) or ():
+        folder = Path(place) / '.mim' / 'configs'
+        if folder.is_dir():
+            return folder
+    raise UserError(f'No installed package {package} carries configs; choose mmdet or mmseg.')
+
+
+def config_names(folder: Path) -> list[str]:
+    """Return the paths, relative to a folder, of the configs in it that are no mere bases."""
+    paths = map(Path, glob.glob('**/*.py', root_dir=folder, recursive=True))  # follows links
+    return sorted(path.as_posix() for path in paths if '_base_' not in path.parts)
+
+
+def nearest(wanted: str, names: Iterable[str], key: Callable[[str], str] = str) -> str:
+    """Ask for one of the names that come nearest to one that is not there; '' where none does.
+
+    Args:
+        wanted: What is not there; it may be the beginning of a name.
+        names: Those that are there.
+        key: What of such a name is compared.
+    """
+    matcher = difflib.SequenceMatcher(b=wanted, autojunk=False)
+
+    def likeness(name: str) -> float:
+        ratios = []
+        for text in (key(name), key(name)[: len(wanted)]):
+            matcher.set_seq1(text)
+            ratios.append(matcher.ratio())
+        return max(ratios)
+
+    ranked = sorted((-likeness(name), len(name), name) for name in set(names))[:3]
+    near = [name for minus_ratio, _, name in ranked if minus_ratio < -0.6]
+    return f'did you mean {" or ".join(near)}?' if near else ''
+
+
+def iter_dicts(node: Any) -> Iterator[dict]:
+    """Yield every dict in a nest of dicts, lists and tuples, once even where it is shared."""
+    seen: dict[int, dict] = {}  # holds them, so that no number is given again
+
+    def walk(node: Any) -> Iterator[dict]:
+        if isinstance(node, dict):
+            if id(node) in seen:
+                return
+            seen[id(node)] = node
+            yield node
+            node = list(node.values())
+        if isinstance(node, (list, tuple)):
+            for child in node:
+                yield from walk(child)
+
+    return walk(node)

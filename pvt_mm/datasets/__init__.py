@@ -1,0 +1,1 @@
+"""Data sets, checked before a training and guarded during it."""

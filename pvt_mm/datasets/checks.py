@@ -1,0 +1,468 @@
+"""What a training would make of a data set, found before it: COCO's format and mmseg's label maps.
+
+Images and annotations are read by the config's own data set and loading transforms, guarded as in
+a training, so what stops here stops there. What mmdet passes over in silence is found in the
+annotation file itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmengine import fileio
+from mmengine.config import Config, ConfigDict
+from mmengine.registry import DATASETS, init_default_scope
+
+from pvt_mm.config import datasets, task_of
+from pvt_mm.datasets.consistency import check_classes, is_coco
+from pvt_mm.datasets.guard import IGNORED, guard_pipeline
+from pvt_mm.errors import DataError, UserError
+
+#: The longest path that every system can open.
+LONGEST_PATH = 259
+_EXIF_ORIENTATION = 274
+_NAMED = 'stops and names the file; --skip-bad-images takes another image instead'
+_AT_START = 'stops before the first iteration'
+
+#: What training does with each kind of bad data that stops it ...
+STOPPING = {
+    'missing file': _NAMED,
+    'path too long': _NAMED,
+    'unreadable file': _NAMED,
+    'unreadable image': _NAMED,
+    'truncated image': _NAMED,
+    'image of another size': _NAMED,
+    'label map of another size': _NAMED,
+    'label map in colour': _NAMED,
+    'unknown id in a label map': _NAMED,
+    'broken annotation': _NAMED,
+    'incomplete entry': _AT_START,
+    'annotation id given twice': _AT_START,
+    'data set that does not load': _AT_START,
+    'classes that disagree': _AT_START,
+}
+#: ... and of what it goes on with.
+HARMLESS = {
+    'image without objects': 'leaves the image out (filter_cfg)',
+    'image without objects, kept': 'trains on it as background',
+    'image below min_size': 'leaves the image out (filter_cfg)',
+    'image id given twice': 'keeps the last image of the id, with the objects of all',
+    'box of zero area': 'leaves the object out',
+    'box outside the image': 'leaves the object out',
+    'box partly outside': 'clips it at the border when the image is resized',
+    'unknown category': 'leaves the object out',
+    'annotation of no image': 'leaves the object out',
+    'mask without polygon': 'leaves the object out where masks are learnt',
+    'crowd region': 'sets it apart as ignored, which the recipes of pvt_mm take for background',
+    'RLE mask': 'decodes it where masks are learnt',
+    'label map without image': 'leaves it out',
+    'label map without labels': 'learns nothing from it',
+    'grayscale image': 'reads it as three equal channels',
+    'CMYK image': 'converts it to RGB',
+    '16-bit image': 'cuts it to 8 bits',
+    'EXIF-rotated image': 'turns it upright, as boxes and label maps must be too',
+    'non-ASCII path': 'reads it like any other',
+    'very long path': 'reads it; some systems open no path over 259 characters',
+}
+
+
+#: Wraps an iterator, of which it is told the length, as a progress bar does.
+Progress = Callable[..., Iterable]
+
+
+def _silent(samples: Iterable, total: int) -> Iterable:
+    return samples
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something about one file that its owner should know."""
+
+    file: str
+    kind: str
+    detail: str = ''
+
+
+def check_config(
+    cfg: Config, config: str, loaders: Sequence[str], progress: Progress = _silent
+) -> tuple[list[Finding], int]:
+    """Check the data sets of a config.
+
+    Args:
+        cfg: Config of a detector or segmentor.
+        config: Its path, for messages.
+        loaders: Those whose data sets are checked, each once.
+        progress: Shows how far it is.
+
+    Returns:
+        What was found, and the number of images that were read.
+
+    Raises:
+        UserError: For data sets that are neither in COCO's format nor of mmseg.
+    """
+    init_default_scope(task_of(cfg))
+    found, images = [], 0
+    try:
+        check_classes(cfg, config, loaders)
+    except UserError as error:
+        found.append(Finding(config, 'classes that disagree', str(error)))
+    for data in _unlike(datasets(cfg, loaders)):
+        more, count = _check_dataset(data, progress)
+        found += more
+        images += count
+    return found, images
+
+
+def _unlike(found: Iterator[ConfigDict]) -> Iterator[ConfigDict]:
+    """Leave out data sets that differ from an earlier one in their pipeline at most."""
+    seen: list[dict] = []
+    for data in found:
+        source = {key: value for key, value in data.items() if key != 'pipeline'}
+        if source not in seen:
+            seen.append(source)
+            yield data
+
+
+def _check_dataset(data: ConfigDict, progress: Progress) -> tuple[list[Finding], int]:
+    loading = [step for step in data.get('pipeline', []) if _type_name(step).startswith('Load')]
+    try:
+        dataset = DATASETS.build(dict(data, pipeline=loading, lazy_init=True))
+    except ValueError as error:
+        place = data.get('ann_file') or data.get('data_root')
+        return [Finding(str(place), 'data set that does not load', str(error))], 0
+    guard_pipeline(dataset)
+    coco = is_coco(dataset)
+    if not coco and not hasattr(dataset, 'reduce_zero_label'):
+        raise UserError(
+            f'This tool reads COCO-style data sets and those of mmseg; {data.type} is another kind.'
+        )
+    found: list[Finding] = []
+    with contextlib.ExitStack() as stack:
+        if coco:
+            entries = Entries(dataset, any(step.get('with_mask') for step in loading))
+            found += entries.found
+            if entries.content is None:
+                return found, 0
+            if entries.fatal:  # what is left can still be checked
+                copy = stack.enter_context(tempfile.NamedTemporaryFile('w', suffix='.json'))
+                json.dump(entries.content, copy)
+                copy.flush()
+                dataset.ann_file = copy.name
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
+                dataset.full_init()
+        except Exception as error:  # whatever it does not expect in its files
+            reason = f'{type(error).__name__}: {error}'
+            if 'need at least one array' in reason:
+                reason = 'no image is left to train on'
+            place = dataset.ann_file or dataset.data_prefix.get('img_path')
+            return [*found, Finding(str(place), 'data set that does not load', reason)], 0
+    if coco:
+        found += entries.images_without_objects(dataset)
+    else:
+        found += _maps_without_image(dataset)
+    return found + _check_samples(dataset, progress), len(dataset)
+
+
+def _type_name(step: dict) -> str:
+    kind = step['type']
+    return (kind if isinstance(kind, str) else kind.__name__).rpartition('.')[2]
+
+
+# Annotation files of COCO's format
+
+
+class Entries:
+    """The entries of an annotation file, with what mmdet makes of them.
+
+    Args:
+        dataset: A CocoDataset, not initialised.
+        with_mask: Whether masks are learnt.
+        content: The file's content; by default it is read.
+
+    Attributes:
+        found: What was found.
+        fatal: Whether the file stops mmdet.
+        content: The file's content without the entries that do; None where nothing is left.
+    """
+
+    def __init__(
+        self, dataset: Any, with_mask: bool, content: dict[str, Any] | None = None
+    ) -> None:
+        self.found: list[Finding] = []
+        self.fatal = False
+        self.content: dict[str, Any] | None = None
+        self._file = str(dataset.ann_file)
+        self._folder = str(dataset.data_prefix['img'])
+        self._with_mask = with_mask
+        try:
+            if content is None:
+                text = fileio.get_text(self._file, backend_args=dataset.backend_args)
+                content = dict(json.loads(text))
+            images, annotations = content['images'], content['annotations']
+            names = {category['id']: category['name'] for category in content['categories']}
+        except (LookupError, TypeError, ValueError) as error:
+            reason = f'{type(error).__name__}: {error}'
+            self._add(self._file, 'data set that does not load', reason)
+            return
+        self._names = names
+        self._classes = set(dataset.metainfo['classes'])
+        self._images: dict[Any, dict] = {}
+        self._incomplete: set = set()
+        self._objects: Counter = Counter()
+        kept_images = [entry for entry in images if self._check_image(entry)]
+        ids: set = set()
+        kept = [entry for entry in annotations if self._check_annotation(entry, ids)]
+        self.content = {**content, 'images': kept_images, 'annotations': kept}
+
+    def _add(self, file: str, kind: str, detail: str) -> None:
+        self.fatal |= kind in STOPPING
+        self.found.append(Finding(file, kind, detail))
+
+    def _path(self, image: dict) -> str:
+        return os.path.join(self._folder, image['file_name'])
+
+    def _check_image(self, entry: dict) -> bool:
+        """Check an image's entry, and tell whether mmdet can load it."""
+        lacking = [key for key in ('id', 'file_name', 'height', 'width') if key not in entry]
+        if lacking:
+            name = self._path(entry) if 'file_name' in entry else self._file
+            what = f'image {entry.get("id", "")} has no {", ".join(lacking)}'
+            self._add(name, 'incomplete entry', what)
+            self._incomplete.add(entry.get('id'))
+            return False
+        if entry['id'] in self._images:
+            first = self._images[entry['id']]['file_name']
+            self._add(self._path(entry), 'image id given twice', f'{entry["id"]}, as of {first}')
+        self._images[entry['id']] = entry
+        return True
+
+    def _check_annotation(self, entry: dict, ids: set) -> bool:
+        """Check an object's entry, and tell whether mmdet can load it."""
+        name = f'annotation {entry.get("id", "")}'
+        lacking = [key for key in ('id', 'image_id', 'category_id') if key not in entry]
+        image = self._images.get(entry.get('image_id'))
+        if image is not None and not entry.get('ignore'):
+            lacking += [key for key in ('bbox', 'area') if not _is_number(entry, key)]
+        file = self._path(image) if image is not None else self._file
+        if lacking:
+            self._add(file, 'incomplete entry', f'{name} has no valid {", ".join(lacking)}')
+            return False
+        if image is None and entry['image_id'] in self._incomplete:
+            return False
+        if image is None:
+            self._add(file, 'annotation of no image', f'{name}, image {entry["image_id"]}')
+            return True
+        if entry['id'] in ids:
+            self._add(file, 'annotation id given twice', name)
+            return False
+        ids.add(entry['id'])
+        if entry.get('ignore'):
+            return True
+        kind, detail = self._left_out(entry, image)
+        if kind:
+            self._add(file, kind, f'{name}: {detail}')
+            return True
+        self._objects[entry['image_id']] += 1
+        for kind in self._oddities(entry, image):
+            self._add(file, kind, name)
+        return True
+
+    def _left_out(self, entry: dict, image: dict) -> tuple[str, str]:
+        """Return the kind and detail of an object that mmdet passes over; the order is its own."""
+        x, y, w, h = entry['bbox']
+        if w < 1 or h < 1 or entry['area'] <= 0:
+            return 'box of zero area', f'{w}x{h}, area {entry["area"]}'
+        inside = [
+            max(0, min(start + size, end) - max(start, 0))
+            for start, size, end in ((x, w, image['width']), (y, h, image['height']))
+        ]
+        if 0 in inside:
+            return 'box outside the image', f'{entry["bbox"]} in {image["width"]}x{image["height"]}'
+        category = self._names.get(entry['category_id'])
+        if category not in self._classes:
+            return 'unknown category', f'{entry["category_id"]}, {category or "not in the file"}'
+        mask: Any = entry.get('segmentation')
+        learnt = self._with_mask and mask and isinstance(mask, list)
+        if learnt and not any(len(part) >= 6 and len(part) % 2 == 0 for part in mask):
+            return 'mask without polygon', f'{len(mask)} of fewer than 3 points'
+        return '', ''
+
+    def _oddities(self, entry: dict, image: dict) -> Iterator[str]:
+        """Yield the kinds of what is unusual about an object that mmdet takes."""
+        x, y, w, h = entry['bbox']
+        if x < 0 or y < 0 or x + w > image['width'] or y + h > image['height']:
+            yield 'box partly outside'
+        if entry.get('iscrowd'):
+            yield 'crowd region'
+        if isinstance(entry.get('segmentation'), dict):
+            yield 'RLE mask'
+
+    def images_without_objects(self, dataset: Any) -> list[Finding]:
+        """Return the images that a loaded data set knows no object of."""
+        used = {dataset.get_data_info(index)['img_id'] for index in range(len(dataset))}
+        smallest = (dataset.filter_cfg or {}).get('min_size', 0)
+        found = []
+        for image_id, image in self._images.items():
+            kind = ''
+            if image_id in used:
+                kind = '' if self._objects[image_id] else 'image without objects, kept'
+            elif not dataset.test_mode and min(image['width'], image['height']) < smallest:
+                kind = 'image below min_size'
+            elif not self._objects[image_id]:
+                kind = 'image without objects'
+            if kind:
+                found.append(Finding(self._path(image), kind))
+        return found
+
+
+def _is_number(entry: dict, key: str) -> bool:
+    """Tell whether an entry has a number, or in a box four of them."""
+    value = entry.get(key)
+    values = value if key == 'bbox' else [value]
+    return (
+        isinstance(values, list)
+        and len(values) == (4 if key == 'bbox' else 1)
+        and all(isinstance(number, (int, float)) for number in values)
+    )
+
+
+# Label maps of mmseg
+
+
+def _maps_without_image(dataset: Any) -> list[Finding]:
+    """Return the label maps of a folder that is read by its images and has none for them."""
+    folder = dataset.data_prefix.get('seg_map_path')
+    if dataset.ann_file or not folder or not os.path.isdir(folder):
+        return []
+    used = {
+        os.path.normpath(dataset.get_data_info(index)['seg_map_path'])
+        for index in range(len(dataset))
+    }
+    maps = (os.path.normpath(path) for path in Path(folder).rglob(f'*{dataset.seg_map_suffix}'))
+    return [Finding(path, 'label map without image') for path in sorted(maps) if path not in used]
+
+
+# Samples
+
+_dataset: Any = None
+
+
+def _check_samples(dataset: Any, progress: Progress) -> list[Finding]:
+    """Read every image and annotation of a loaded data set, on all cores."""
+    found: list[Finding] = []
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    with ProcessPoolExecutor(cores, initializer=_start, initargs=(dataset,)) as pool:
+        samples = pool.map(_check_sample, range(len(dataset)), chunksize=16)
+        for more in progress(samples, total=len(dataset)):
+            found += more
+    return found
+
+
+def _start(dataset: Any) -> None:
+    """Make a process ready to check samples; decoders print what is reported anyway."""
+    global _dataset
+    _dataset = dataset
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+def _check_sample(index: int) -> list[Finding]:
+    info = _dataset.get_data_info(index)
+    file = str(info['img_path'])
+    found = [Finding(file, kind) for kind in _path_kinds(file, _dataset.data_root or '')]
+    found += [Finding(file, kind) for kind in _image_kinds(file, _dataset.backend_args)]
+    try:
+        results = _dataset.pipeline(info)
+    except DataError as error:
+        return [*found, Finding(error.file, error.kind, error.detail)]
+    labels = results.get('gt_seg_map')
+    if labels is not None and (labels == IGNORED).all():
+        found.append(Finding(str(info['seg_map_path']), 'label map without labels'))
+    return found
+
+
+def _path_kinds(file: str, root: str) -> Iterator[str]:
+    if not file.removeprefix(root).isascii():
+        yield 'non-ASCII path'
+    if len(os.path.abspath(file)) > LONGEST_PATH and os.path.exists(file):
+        yield 'very long path'
+
+
+def _image_kinds(file: str, backend_args: dict | None) -> Iterator[str]:
+    """Yield what a readable image is beside three channels of 8 bits, by its header."""
+    from PIL import Image  # a requirement of mmcv, not of pvt_mm
+
+    try:
+        image = Image.open(io.BytesIO(fileio.get(file, backend_args=backend_args)))
+    except Exception:  # the loading transform says what is wrong
+        return
+    if image.mode in ('1', 'L', 'LA', 'I', 'I;16', 'I;16B', 'I;16L', 'F'):
+        yield 'grayscale image'
+    if image.mode == 'CMYK':
+        yield 'CMYK image'
+    if image.mode.startswith(('I', 'F')) or _is_wide(image):
+        yield '16-bit image'
+    if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
+        yield 'EXIF-rotated image'
+
+
+def _is_wide(image: Any) -> bool:
+    """Tell whether an image that Pillow opens in 8 bits has 16 a channel."""
+    return bool(image.tile and re.search(';16[BLN]', str(image.tile[0])))
+
+
+# Reports
+
+
+def report(findings: Sequence[Finding], images: int, longest: int | None = 10) -> str:
+    """Return the findings as text: by file, then in a table.
+
+    Args:
+        findings: What was found.
+        images: How many images were read.
+        longest: How many files are listed of a kind on which training goes on; None lists all.
+    """
+    if not findings:
+        return f'Nothing found in {images} images.'
+    by_kind: dict[str, list[Finding]] = defaultdict(list)
+    for finding in findings:
+        by_kind[finding.kind].append(finding)
+    kinds = [kind for kind in (*STOPPING, *HARMLESS) if kind in by_kind]
+    lines = []
+    rows = [('kind', 'files', 'count', 'what training does')]
+    for kind in kinds:
+        of_kind = by_kind[kind]
+        shown = of_kind if kind in STOPPING else of_kind[:longest]
+        lines.append(f'{kind}:')
+        lines += [f'  {item.file}' + f'  ({item.detail})' * bool(item.detail) for item in shown]
+        if len(shown) < len(of_kind):
+            lines.append(f'  ... and {len(of_kind) - len(shown)} more; --all lists them')
+        effect = STOPPING.get(kind) or HARMLESS[kind]
+        files = len({item.file for item in of_kind})
+        rows.append((kind, str(files), str(len(of_kind)), effect))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    table = [
+        f'{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]}'
+        for row in rows
+    ]
+    stopping = stops(findings)
+    end = f'Training would stop: {len(stopping)} of {len(findings)} findings.'
+    if not stopping:
+        end = f'Training would not stop on any of these {len(findings)} findings.'
+    return '\n'.join([*lines, '', *table, '', f'{images} images read. {end}'])
+
+
+def stops(findings: Sequence[Finding]) -> list[Finding]:
+    """Return the findings on which a training would stop."""
+    return [finding for finding in findings if finding.kind in STOPPING]

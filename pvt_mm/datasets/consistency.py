@@ -1,0 +1,186 @@
+"""Config, model and annotation files must agree."""
+
+from __future__ import annotations
+
+import json
+import logging
+import mmap
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.logging import print_log
+from mmengine.registry import DATASETS, init_default_scope
+
+from pvt_mm.config import datasets
+from pvt_mm.errors import UserError
+
+
+def check_data(cfg: Config, loaders: Sequence[str]) -> None:
+    """Check that the annotations and image folders of a config's data sets are there.
+
+    Raises:
+        UserError: Naming what is missing, where it is expected and how to point elsewhere.
+    """
+    for data in datasets(cfg, loaders):
+        root = Path(data.get('data_root') or '')
+        prefix = data.get('data_prefix') or {}
+        folders = [prefix] if isinstance(prefix, str) else prefix.values()
+        places = [data.get('ann_file'), data.get('split'), *folders]
+        for place in places:
+            # URLs and paths of other storage are not ours to check.
+            if (
+                not isinstance(place, str)
+                or not place
+                or '://' in f'{data.get("data_root")}{place}'
+            ):
+                continue
+            if not (root / place).exists():
+                raise UserError(
+                    f'The data set is expected at {root}, but {root / place} is missing; put the '
+                    'data (or a link to it) there, or give its place with --data-root DIR.'
+                )
+
+
+# Classes
+
+
+def check_classes(cfg: Config, config: str, loaders: Sequence[str]) -> None:
+    """Check that model, data set and annotations mean the same classes.
+
+    Args:
+        cfg: Config of a detector or segmentor.
+        config: Its path, for messages.
+        loaders: Those whose data sets are looked at.
+
+    Raises:
+        UserError: Naming what to write instead.
+    """
+    init_default_scope(cfg.default_scope)
+    heads = dict(_num_classes(cfg.model, 'model'))
+    for loader in loaders:
+        for data in datasets(cfg, [loader]):
+            try:
+                dataset = DATASETS.build(dict(data, lazy_init=True, pipeline=[]))
+            except ValueError as error:
+                raise UserError(f'The data set of {loader} in {config}: {error}.') from error
+            except Exception:  # what it misses, the Runner will name
+                continue
+            if not _is_of(dataset, 'BaseDetDataset', 'BaseSegDataset'):  # videos, for one
+                continue
+            classes = dataset.metainfo.get('classes')
+            if isinstance(classes, str):
+                raise UserError(
+                    f'The classes of {loader} in {config} are one text; write '
+                    f"metainfo=dict(classes=('{classes}',)), with a comma."
+                )
+            # Panoptic heads have classes of their own for things and for stuff.
+            if classes and 'thing_classes' not in dataset.metainfo:
+                _check_heads(heads, classes, config, loader)
+            if is_coco(dataset) and os.path.isfile(dataset.ann_file):
+                names = category_names(dataset.ann_file)
+                _check_names(classes, names, dataset.ann_file, config, loader)
+
+
+def is_coco(dataset: Any) -> bool:
+    """Tell whether a data set reads COCO's format as mmdet's CocoDataset does."""
+    methods = ('load_data_list', 'parse_data_info')
+    return any(
+        kind.__name__ == 'CocoDataset'
+        and all(getattr(type(dataset), name) is getattr(kind, name) for name in methods)
+        for kind in type(dataset).__mro__
+    )
+
+
+def _is_of(dataset: Any, *names: str) -> bool:
+    """Tell whether a data set is of one of some classes, without importing their codebase."""
+    return any(kind.__name__ in names for kind in type(dataset).__mro__)
+
+
+def _num_classes(node: Any, path: str) -> Iterator[tuple[str, int]]:
+    """Yield where heads state the number of classes, as in ``--cfg-options``."""
+    if isinstance(node, dict) and node.get('type') != 'STDCHead':  # it learns edges
+        for key, value in node.items():
+            # These have classes of their own: objectness, stuff, ImageNet.
+            if key == 'num_classes' and isinstance(value, int):
+                yield f'{path}.{key}', value
+            elif key not in ('rpn_head', 'semantic_head', 'backbone'):
+                yield from _num_classes(value, f'{path}.{key}')
+    elif isinstance(node, (list, tuple)):
+        for index, child in enumerate(node):
+            yield from _num_classes(child, f'{path}.{index}')
+
+
+def _check_heads(heads: dict[str, int], classes: Sequence[str], config: str, loader: str) -> None:
+    wrong = {key: value for key, value in heads.items() if value != len(classes)}
+    if wrong:
+        now = ', '.join(f'{key}={value}' for key, value in wrong.items())
+        new = ' '.join(f'{key}={len(classes)}' for key in wrong)
+        raise UserError(
+            f'{config} has {now}, but the data set of {loader} has {len(classes)} classes '
+            f'({_listed(classes)}); set {new} in the config or by --cfg-options, or else '
+            'metainfo=dict(classes=(...)) of the data set.'
+        )
+
+
+def _check_names(
+    classes: Sequence[str], names: list[str], file: str, config: str, loader: str
+) -> None:
+    # mmdet numbers the labels in the order of the file and leaves out what it does not find.
+    if [name for name in names if name in classes] != list(classes):
+        missing = [name for name in classes if name not in names]
+        what = f'no category {_listed(missing)}' if missing else 'its categories in another order'
+        raise UserError(
+            f'{file} has {what}, against the classes of {loader} in {config}, so that labels would '
+            f'get wrong names; write metainfo=dict(classes={tuple(names)!r}) in that data set and '
+            f'num_classes={len(names)} in the heads.'
+        )
+    others = [name for name in names if name not in classes]
+    if others:
+        print_log(
+            f'{file} has {len(names)} categories, and the data set of {loader} in {config} '
+            f'{len(classes)} classes: objects of {_listed(others)} are left out. To learn them, '
+            f'write metainfo=dict(classes={tuple(names)!r}) there and num_classes={len(names)} in '
+            'the heads.',
+            logger='current',
+            level=logging.WARNING,
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ', '.join(names[:5]) + (', ...' if len(names) > 5 else '')
+
+
+def category_names(file: str) -> list[str]:
+    """Return the names of the categories in a COCO annotation file, in its order.
+
+    Raises:
+        UserError: Where it holds none.
+    """
+    try:
+        return _names(_categories_alone(file))
+    except (LookupError, TypeError, ValueError):
+        pass  # they stand elsewhere, or nowhere
+    try:
+        with open(file, encoding='utf-8') as stream:
+            return _names(json.load(stream)['categories'])
+    except (LookupError, TypeError, ValueError, OSError) as error:
+        raise UserError(
+            f'{file} is no annotation file of COCO with categories ({type(error).__name__}: '
+            f'{error}).'
+        ) from error
+
+
+def _names(categories: Any) -> list[str]:
+    return [category['name'] for category in categories]
+
+
+def _categories_alone(file: str) -> Any:
+    """Read the first list named categories: COCO's files take 10 seconds and 3 GB as a whole."""
+    with open(file, 'rb') as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        found = re.search(rb'"categories"\s*:\s*(?=\[)', data)
+        window = data[found.end() : found.end() + 2**20] if found else b''
+    return json.JSONDecoder().raw_decode(window.decode('utf-8', 'ignore'))[0]

@@ -1,0 +1,97 @@
+"""How single parameters of a PVT are trained: their learning rate and their weight decay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmengine.logging import print_log
+from mmengine.optim import DefaultOptimWrapperConstructor
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
+from torch import nn
+
+from pvt_mm.errors import UserError
+from pvt_mm.models.pyramid import PyramidBackbone
+
+#: Parameters that stand for places, not for weights: no decay under ``no_decay``.
+POSITIONS = ('pos_embed', 'cls_token', 'cls_position')
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class PVTOptimWrapperConstructor(DefaultOptimWrapperConstructor):
+    """mmengine's default constructor with two more keys in ``paramwise_cfg``.
+
+    ``layer_decay_rate``: in (0, 1]; what lies n layers below the head learns at rate ** n of its
+    learning rate, which other keys may have changed. Layers are those of
+    ``PyramidBackbone.get_layer_depth``; what is not in a PVT keeps its rate. Paper:
+    [BEiT](https://arxiv.org/abs/2106.08254).
+
+    ``no_decay``: where true, norms, biases and other vectors, position embeddings and class tokens
+    have no weight decay, whatever ``custom_keys`` say of the part of the model that they are in.
+
+    It stands in mmengine's own registry, so any codebase finds it. Parameters that are trained
+    alike share one group, which the optimiser updates faster than one group each.
+    """
+
+    def add_params(
+        self,
+        params: list[dict[str, Any]],
+        module: nn.Module,
+        prefix: str = '',
+        is_dcn_module: int | float | None = None,
+    ) -> None:
+        """Collect the parameters as mmengine does; at the whole model, apply the two keys."""
+        super().add_params(params, module, prefix, is_dcn_module)
+        if not prefix:
+            params[:] = self._refined(params, module)
+
+    def _refined(self, params: list[dict[str, Any]], model: nn.Module) -> list[dict[str, Any]]:
+        if self.base_lr is None:
+            raise UserError('Give the learning rate that the layers share: set optimizer.lr.')
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        scales = layer_scales(model, self.paramwise_cfg.get('layer_decay_rate', 1.0))
+        groups: dict[str, dict[str, Any]] = {}
+        for group in params:
+            (parameter,) = group.pop('params')
+            name = names[parameter]
+            group.setdefault('lr', self.base_lr)
+            group['lr'] *= scales.get(name, 1.0)
+            is_position = name.rpartition('.')[2] in POSITIONS
+            if self.paramwise_cfg.get('no_decay') and (parameter.ndim < 2 or is_position):
+                group['weight_decay'] = 0.0
+            alike = groups.setdefault(repr(sorted(group.items())), {'params': [], **group})
+            alike['params'].append(parameter)
+        rates = [group['lr'] for group in groups.values()]
+        print_log(
+            f'{len(params)} parameters in {len(groups)} groups; '
+            f'learning rates from {min(rates):.3g} to {max(rates):.3g}.',
+            logger='current',
+        )
+        return list(groups.values())
+
+
+def layer_scales(model: nn.Module, rate: float) -> dict[str, float]:
+    """Return the factor of the learning rate of every parameter of the PVTs in a model.
+
+    Args:
+        model: A detector, segmentor, classifier or bare backbone.
+        rate: The factor from one layer to the one below.
+
+    Raises:
+        UserError: Where the rate is out of range, or there is no PVT whose layers could be told.
+    """
+    if not 0.0 < rate <= 1.0:
+        raise UserError(f'layer_decay_rate={rate} must be above 0 and at most 1; 0.9 is usual.')
+    scales = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, PyramidBackbone):
+            continue
+        prefix = f'{name}.' if name else ''
+        for own, _ in module.named_parameters(prefix=name):
+            depth, count = module.get_layer_depth(own, prefix)
+            scales[own] = rate ** (count - 1 - depth)
+    if rate < 1.0 and not scales:
+        raise UserError(
+            'layer_decay_rate needs the layers of a PVT or PVTv2, and the model has none; take the '
+            "constructor of the model's own codebase."
+        )
+    return scales

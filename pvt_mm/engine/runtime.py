@@ -1,0 +1,124 @@
+"""What mmengine lacks on today's PyTorch: safe files, CPU launches, bf16 on a CPU.
+
+One line in a script of one's own does what the bundled tools do::
+
+    pvt_mm.runtime.setup(cfg)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.logging import print_log
+from mmengine.utils import digit_version
+
+from pvt_mm.checkpoint.loaders import register_safe_reading
+from pvt_mm.checkpoint.safe_load import read_checkpoint
+from pvt_mm.config import iter_dicts
+from pvt_mm.engine.distributed import launch_gloo, shutdown_distributed
+from pvt_mm.errors import UserError
+
+__all__ = ['UserError', 'read_checkpoint', 'setup', 'shutdown_distributed']
+
+
+def setup(cfg: Config | None = None) -> None:
+    """Make mmengine read files safely and run without CUDA.
+
+    Without ``cfg`` it makes the reading of checkpoints, pickles and YAML safe, nothing else. With
+    it, a config about to be run is looked through for data that would be read unsafely all the
+    same, and adapted in place where there is no CUDA: ``SyncBN`` becomes ``BN``, mixed precision
+    runs in bf16, and a distributed launch talks over gloo.
+
+    Args:
+        cfg: The config that a Runner will be built from.
+
+    Raises:
+        UserError: Where data may run code, or the launcher cannot start without CUDA.
+    """
+    register_safe_reading()
+    if cfg is not None:
+        _refuse_unsafe_data(cfg._cfg_dict)
+    if cfg is not None and not torch.cuda.is_available():
+        _adapt_to_cpu(cfg)
+
+
+# Data
+
+
+def _refuse_unsafe_data(cfg: Any) -> None:
+    """Refuse what mmseg and mmdet read by a pickle of their own, past mmengine's readers.
+
+    Checked in the config, since the reading is done in other processes.
+    """
+    for node in iter_dicts(cfg):
+        if node.get('decode_backend') == 'pickle':
+            raise UserError(
+                f"{node.get('type')} with decode_backend='pickle' would run code that an image "
+                "file may hold; save the arrays with numpy.save and set decode_backend='numpy'."
+            )
+        if 'OpenImagesChallenge' in str(node.get('type')) and node.get('hierarchy_file'):
+            _refuse_pickled_array(node.get('data_root') or '', node['hierarchy_file'])
+
+
+def _refuse_pickled_array(root: str, name: str) -> None:
+    file = Path(root, name)
+    try:
+        if '://' in root + name:
+            raise ValueError('it is not on this machine')
+        np.load(file, allow_pickle=False)
+    except FileNotFoundError:
+        return  # reported as missing data
+    except (ValueError, EOFError, OSError) as error:
+        raise UserError(
+            f'{file} may run code when it is read ({error}); have a local file, written by '
+            'numpy.save from an array of numbers.'
+        ) from error
+
+
+# CPU
+
+
+def _adapt_to_cpu(cfg: Config) -> None:
+    for node in iter_dicts(cfg._cfg_dict):
+        if node.get('type') in ('SyncBN', 'mmseg.SyncBN'):
+            node['type'] = 'BN'
+    wrapper = cfg.get('optim_wrapper')
+    if wrapper and wrapper.get('type') == 'AmpOptimWrapper':
+        _compute_in_bf16(cfg)
+    if wrapper and wrapper.get('optimizer', {}).get('fused') and not _fuses_on_cpu():
+        wrapper.optimizer['fused'] = False
+    if cfg.get('launcher', 'none') != 'none':
+        launch_gloo(cfg)
+
+
+def _fuses_on_cpu() -> bool:
+    """Tell whether PyTorch has fused optimisers for the CPU, as from 2.4 on."""
+    return digit_version(torch.__version__.split('+')[0]) >= digit_version('2.4.0')
+
+
+def _compute_in_bf16(cfg: Config) -> None:
+    """Turn mixed precision, which mmengine has for GPUs only, into bf16 in every PVT.
+
+    Necks and heads stay in fp32: mmcv's RoIAlign and NMS have no bf16 on a CPU. bf16 has the range
+    of fp32, so no loss is scaled.
+    """
+    backbones = [
+        node
+        for node in iter_dicts(cfg._cfg_dict.get('model'))
+        if str(node.get('type')).rpartition('.')[2] in ('PVT', 'PVTv2')
+    ]
+    if not backbones:
+        raise UserError(
+            'Mixed precision without CUDA runs in the PVT alone, and this config has none; '
+            'train without --amp, or with optim_wrapper.type=OptimWrapper.'
+        )
+    print_log('No CUDA: mixed precision runs in bf16, in the backbone alone.', logger='current')
+    for backbone in backbones:
+        backbone['compute_dtype'] = 'bfloat16'
+    cfg.optim_wrapper['type'] = 'OptimWrapper'
+    for key in ('loss_scale', 'dtype', 'use_fsdp'):
+        cfg.optim_wrapper.pop(key, None)

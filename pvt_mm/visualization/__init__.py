@@ -1,0 +1,1 @@
+"""Pictures: features, attention, predictions, training curves."""

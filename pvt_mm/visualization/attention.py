@@ -1,0 +1,124 @@
+"""The attention that a PVT's fast path never writes down: its weights, and what they lie over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pvt_mm.models.layers import SpatialReductionAttention
+from pvt_mm.models.pyramid import PyramidBackbone
+
+
+class Attention(NamedTuple):
+    """What attention mixes.
+
+    Attributes:
+        weights: (B, heads, queries, keys); each row sums to 1.
+        values: (B, heads, keys, dim / heads).
+        key_grid: Height and width of the grid that the keys form, row by row.
+    """
+
+    weights: Tensor
+    values: Tensor
+    key_grid: tuple[int, int]
+
+
+class StageTrace(NamedTuple):
+    """What a stage computed for one image.
+
+    Attributes:
+        feature: Its output, (H, W, dim).
+        attn: The attention of its last block.
+        tokens: That attention's normalised input, (1, H, W, dim).
+        stride: Input pixels from one token to the next.
+    """
+
+    feature: Tensor
+    attn: SpatialReductionAttention
+    tokens: Tensor
+    stride: int
+
+
+def explicit_attention(
+    attn: SpatialReductionAttention, x: Tensor, queries: Sequence[int] | None = None
+) -> Attention:
+    """Compute attention weights from the module's own layers.
+
+    Args:
+        attn: The attention of a block.
+        x: Normalised tokens.
+        queries: Tokens that ask, counted row by row; all by default, whose matrix may be large.
+
+    Shape:
+        x: (B, H, W, dim).
+    """
+    reduced = attn.kv(attn.reduce(x))  # (B, h, w, 2 dim)
+    tokens = x.flatten(1, 2)  # (B, H*W, dim)
+    if queries is not None:
+        tokens = tokens[:, list(queries)]
+    key, value = reduced.flatten(1, 2).chunk(2, dim=-1)  # (B, h*w, dim) each
+    q, k, v = (
+        t.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for t in (attn.q(tokens), key, value)
+    )  # (B, heads, queries or keys, dim / heads)
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    return Attention(scores.softmax(-1), v, (reduced.shape[1], reduced.shape[2]))
+
+
+def attention_output(attn: SpatialReductionAttention, attention: Attention) -> Tensor:
+    """Mix the values by the weights and project, as the block does.
+
+    Shape:
+        -> (B, queries, dim).
+    """
+    mixed = attention.weights @ attention.values  # (B, heads, queries, dim / heads)
+    return attn.proj(mixed.transpose(1, 2).flatten(2))
+
+
+def keyed_tokens(attn: SpatialReductionAttention, height: int, width: int) -> tuple[int, int]:
+    """Return how many rows and columns of an H x W token grid the keys are made of.
+
+    Cells of sr_ratio x sr_ratio tokens leave out what is over at the lower and the right edge.
+    """
+    if attn.sr_mode == 'linear' or not attn.reduces:
+        return height, width
+    ratio = attn.sr_ratio
+    return height // ratio * ratio, width // ratio * ratio
+
+
+def find_backbone(model: nn.Module) -> PyramidBackbone | None:
+    """Return the first PVT of a model."""
+    return next((m for m in model.modules() if isinstance(m, PyramidBackbone)), None)
+
+
+@torch.no_grad()
+def trace_stages(backbone: PyramidBackbone, image: Tensor) -> list[StageTrace]:
+    """Run a backbone on one image and keep what each stage and its last attention see.
+
+    Shape:
+        image: (1, in_channels, H, W).
+    """
+
+    def normed(attn: SpatialReductionAttention, args: tuple[Any, ...]) -> Tensor:
+        x, norm = args
+        return norm(x.clone()).to(attn.q.weight.dtype)  # cloned: blocks work in place
+
+    inputs: list[Tensor] = []
+    outputs: list[Tensor] = []
+    handles = []
+    for stage in backbone.stages:
+        attn = stage.blocks[-1].attn
+        handles.append(attn.register_forward_pre_hook(lambda *args: inputs.append(normed(*args))))
+        handles.append(stage.register_forward_hook(lambda *args: outputs.append(args[2].clone())))
+    try:
+        backbone(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    traces, stride = [], 1
+    for stage, tokens, feature in zip(backbone.stages, inputs, outputs):
+        stride *= stage.patch_embed.stride
+        traces.append(StageTrace(feature[0], stage.blocks[-1].attn, tokens, stride))
+    return traces

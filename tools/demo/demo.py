@@ -1,0 +1,269 @@
+"""Train and evaluate PVT on the embedded data set and write pictures and a report.
+
+For each task: make the data, train from random weights, test the saved checkpoint, draw. It ends
+with the scores against their targets and exits with 1 where one falls short. With --quick nothing
+is compared: the training is cut to a few iterations, to show that every step works.
+
+Example:
+    python tools/demo/demo.py --task det --quick
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import demo_report as report
+import torch
+from make_demo_data import make_demo_data
+
+from pvt_mm.apis.inference import Predictor
+from pvt_mm.cli import main_errors
+from pvt_mm.config import load_config
+from pvt_mm.engine.runtime import setup
+from pvt_mm.errors import UserError
+from pvt_mm.visualization import logs
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = ROOT / 'data' / 'demo'
+QUICK_EPOCHS = [
+    'train_cfg.max_epochs=1',
+    'train_cfg.val_interval=1',
+    'train_dataloader.dataset.indices=48',
+]
+QUICK_ITERATIONS = ['train_cfg.max_iters=20', 'train_cfg.val_interval=20']
+
+
+@dataclass
+class Task:
+    """One task of the demo: its config, its score and what a quick run changes."""
+
+    title: str
+    model: str
+    config: str
+    metric: str
+    key: str
+    target: float
+    quick: list = field(default_factory=list)
+
+
+TASKS = {
+    'det': Task(
+        'Object detection',
+        'RetinaNet, PVT-Tiny',
+        'demo_retinanet_pvt_t.py',
+        'box AP',
+        'coco/bbox_mAP',
+        0.60,
+        [*QUICK_EPOCHS, 'default_hooks.checkpoint.interval=1'],
+    ),
+    'ins': Task(
+        'Instance segmentation',
+        'Mask R-CNN, PVTv2-B0',
+        'demo_mask_rcnn_pvt_v2_b0.py',
+        'mask AP',
+        'coco/segm_mAP',
+        0.50,
+        [*QUICK_EPOCHS, 'default_hooks.checkpoint.interval=1'],
+    ),
+    'seg': Task(
+        'Semantic segmentation',
+        'Semantic FPN, PVT-Tiny',
+        'demo_fpn_pvt_t.py',
+        'mIoU (%)',
+        'mIoU',
+        75.0,
+        [*QUICK_ITERATIONS, 'default_hooks.checkpoint.interval=20'],
+    ),
+}
+
+
+def run_tool(name, *args):
+    """Runs one of the tools with its output in sight.
+
+    Returns:
+        The seconds it took.
+
+    Raises:
+        UserError: Where it fails.
+    """
+    start = time.monotonic()
+    command = [sys.executable, '-W', 'ignore', str(ROOT / 'tools' / name), *map(str, args)]
+    code = subprocess.run(command, cwd=ROOT).returncode
+    if code:
+        raise UserError(
+            f'tools/{name} {args[0]} failed with exit code {code}; its output is above.'
+        )
+    return time.monotonic() - start
+
+
+def announce(text):
+    """Prints a step's headline between the tools' own output."""
+    print(f'\n=== {text}', flush=True)
+
+
+def newest(folder, pattern):
+    """Returns the newest file of a pattern, which sorts by its time stamp.
+
+    Raises:
+        UserError: Where there is none.
+    """
+    files = sorted(folder.glob(pattern))
+    if not files:
+        raise UserError(f'There is no {pattern} in {folder}; the run before it wrote none.')
+    return files[-1]
+
+
+def read_score(folder, key):
+    """Returns a score from what the last test run in a folder wrote.
+
+    It is not a number where the model found nothing at all: COCO's evaluation writes none then.
+    """
+    scores = json.loads(newest(folder, '*/*.json').read_text())
+    return float(scores.get(key, 'nan'))
+
+
+def train_and_test(name, work_dir, quick):
+    """Trains a task and tests the saved checkpoint.
+
+    Returns:
+        The outcome and the checkpoint.
+    """
+    task = TASKS[name]
+    config = f'configs/{task.config}'
+    options = ['--cfg-options', *task.quick] if quick else []
+    announce(f'{task.title}: training {task.model}')
+    train_seconds = run_tool('train.py', config, '--work-dir', work_dir, '--seed', 0, *options)
+    checkpoint = Path((work_dir / 'last_checkpoint').read_text().strip())
+    announce(f'{task.title}: testing {checkpoint.name}')
+    test_seconds = run_tool('test.py', config, checkpoint, '--work-dir', work_dir / 'test')
+    score = read_score(work_dir / 'test', task.key)
+    outcome = report.Outcome(
+        name, task.title, task.model, task.metric, task.target, score, train_seconds, test_seconds
+    )
+    return outcome, checkpoint
+
+
+@torch.inference_mode()
+def stage_features(predictor, image):
+    """Returns the backbone's features of an image file, as arrays of (C, H, W)."""
+    data = predictor.pipeline(dict(img_path=str(image), img_id=0))
+    inputs = predictor.model.data_preprocessor({key: [value] for key, value in data.items()})[
+        'inputs'
+    ]
+    return [feature[0].float().cpu().numpy() for feature in predictor.model.backbone(inputs)]
+
+
+def draw(name, outcome, checkpoint, work_dir, out):
+    """Draws a task's pictures.
+
+    Returns:
+        Its section of the page: title, text and pictures with headings.
+    """
+    task = TASKS[name]
+    curves, predictions, features = (
+        out / f'{name}_{kind}.png' for kind in ('curves', 'predictions', 'features')
+    )
+    run = logs.read_run(work_dir)
+    report.plot_curves(curves, run.curve('loss'), run.curve(task.key), outcome)
+    predictor = Predictor(load_config(str(ROOT / 'configs' / task.config)), str(checkpoint))
+    if name == 'seg':
+        images = DATA / 'ade/images/validation'
+        labels = DATA / 'ade/annotations/validation'
+        report.plot_segments(predictions, predictor, images, labels)
+    else:
+        images = DATA / 'coco/val2017'
+        annotations = DATA / 'coco/annotations/instances_val2017.json'
+        report.plot_detections(predictions, predictor, images, annotations, name == 'ins')
+    image = sorted(images.glob('*.jpg'))[0]
+    report.plot_features(features, report.read_image(image), stage_features(predictor, image))
+    minutes = report.format_seconds(outcome.train_seconds)
+    score = report.format_score(outcome.score)
+    text = f'{task.model}: {task.metric} {score} after {minutes} minutes of training.'
+    pictures = [
+        ('Loss and score', curves),
+        ('Validation images', predictions),
+        (
+            "The backbone's four stages: each feature's three principal components as colours",
+            features,
+        ),
+    ]
+    return task.title, text, pictures
+
+
+def draw_data(out):
+    """Draws training images.
+
+    Returns:
+        The data set's section of the page.
+    """
+    path = out / 'data.png'
+    meta = load_config(str(ROOT / 'configs' / TASKS['det'].config)).metainfo
+    report.plot_data(
+        path, DATA / 'coco/train2017', DATA / 'coco/annotations/instances_train2017.json', meta
+    )
+    text = (
+        "scikit-learn's scans of handwritten digits as stickers on crops of its two photographs; "
+        'validation uses other scans and other parts of the photographs than training.'
+    )
+    return 'The data', text, [('Training images with their annotations', path)]
+
+
+def exit_code(outcomes, quick):
+    """Returns 1 where a score falls short of its target and the run was one to compare."""
+    return 0 if quick or all(outcome.reached for outcome in outcomes) else 1
+
+
+def parse_args():
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        '--task',
+        choices=[*TASKS, 'all'],
+        default='det',
+        help='boxes, instances, semantic segmentation or all three (default: %(default)s)',
+    )
+    parser.add_argument(
+        '--quick', action='store_true', help='a few iterations only; compares nothing'
+    )
+    parser.add_argument(
+        '--work-dir',
+        type=Path,
+        default=ROOT / 'work_dirs' / 'demo',
+        help='logs, checkpoints and the report (default: work_dirs/demo)',
+    )
+    return parser.parse_args()
+
+
+@main_errors
+def main():
+    """Runs the demo."""
+    args = parse_args()
+    setup()
+    out = args.work_dir.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    announce('The data set')
+    make_demo_data(DATA)
+    names = list(TASKS) if args.task == 'all' else [args.task]
+    outcomes, sections = [], [draw_data(out)]
+    for name in names:
+        work_dir = out / name
+        outcome, checkpoint = train_and_test(name, work_dir, args.quick)
+        announce(f'{outcome.title}: drawing')
+        outcomes.append(outcome)
+        sections.append(draw(name, outcome, checkpoint, work_dir, out))
+    page = out / 'report.html'
+    report.write_page(page, outcomes, sections, args.quick)
+    announce('Scores')
+    print(report.format_table(outcomes, args.quick))
+    print(f'\nReport: {page}')
+    sys.exit(exit_code(outcomes, args.quick))
+
+
+if __name__ == '__main__':
+    main()

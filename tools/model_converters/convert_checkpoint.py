@@ -1,0 +1,163 @@
+"""Convert weights of PVT and PVTv2 from any format to another, or say what a file holds.
+
+Weights alone are written: no optimiser, no training state. A whole detector or segmentor keeps its
+other parts and its meta data.
+
+Examples:
+    python tools/model_converters/convert_checkpoint.py pvt_small.pth pvt_small.safetensors --to \
+        huggingface
+    python tools/model_converters/convert_checkpoint.py epoch_12.pth backbone.pth --to official \
+        --backbone-only
+    python tools/model_converters/convert_checkpoint.py pvt_small.pth --inspect
+"""
+
+import argparse
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pvt_mm import PVT, CheckpointMismatchError, PVTv2, cli, convert_checkpoint, progress
+from pvt_mm.checkpoint.convert import Arch, bare_backbone, recognise_arch, to_atoms, unwrap
+from pvt_mm.checkpoint.key_maps import detect_format, match
+from pvt_mm.checkpoint.load import load_into_backbone
+from pvt_mm.checkpoint.safe_load import check_weights, read_checkpoint
+from pvt_mm.errors import UserError
+
+SUFFIXES = ('.pth', '.safetensors')
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('file', metavar='IN', help='weights: a .pth or .safetensors file')
+    parser.add_argument('out', metavar='OUT', nargs='?', help='file to write, of the same kinds')
+    parser.add_argument(
+        '--to', metavar='FORMAT', help='official, timm, huggingface, mmdet or pvt_mm'
+    )
+    parser.add_argument(
+        '--backbone-only', action='store_true', help='leave out heads, necks and classifiers'
+    )
+    parser.add_argument('--arch', metavar='A', help='refuse weights of another arch than A')
+    parser.add_argument('--inspect', action='store_true', help='say what IN holds; write nothing')
+    return parser.parse_args()
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Check that the arguments fit together, and that OUT can be written."""
+    if args.inspect:
+        if args.out or args.to:
+            raise UserError('--inspect writes nothing; leave out OUT and --to.')
+        return
+    if not (args.out and args.to):
+        raise UserError('Give OUT and --to FORMAT to convert, or --inspect to look.')
+    out = Path(args.out)
+    if out.suffix not in SUFFIXES:
+        raise UserError(f'OUT must end in {" or ".join(SUFFIXES)}, not {out.name}.')
+    if not out.parent.is_dir():
+        raise UserError(f'There is no folder {out.parent}; make it first.')
+    if out.exists() and Path(args.file).exists() and out.samefile(args.file):
+        raise UserError('OUT is IN; name another file.')
+
+
+def convert(checkpoint: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """Convert a checkpoint; what comes back owns its memory, as safetensors asks."""
+    weights = checkpoint
+    if args.backbone_only:
+        weights = bare_backbone(backbone_part(unwrap(checkpoint)))
+    try:
+        tensors = convert_checkpoint(weights, args.to, args.arch)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    items = progress.track(tensors.items(), len(tensors), 'tensors')
+    owned = {key: tensor.clone().contiguous() for key, tensor in items}
+    if isinstance(checkpoint.get('meta'), dict) and not args.backbone_only:
+        return {'meta': checkpoint['meta'], 'state_dict': owned}
+    return owned
+
+
+def backbone_part(tensors: dict[str, Any]) -> dict[str, Any]:
+    """Return what stands under ``backbone.``, without it; everything where nothing does."""
+    part = {k.removeprefix('backbone.'): v for k, v in tensors.items() if k[:9] == 'backbone.'}
+    return part or tensors
+
+
+def write(checkpoint: dict[str, Any], out: Path) -> None:
+    """Write a checkpoint aside, then rename it: there is never half a file."""
+    aside = out.with_name(f'.{out.name}.{os.getpid()}')
+    try:
+        if out.suffix == '.pth':
+            torch.save(checkpoint, aside)
+        else:
+            write_safetensors(checkpoint.get('state_dict', checkpoint), aside)
+        os.replace(aside, out)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f'Could not write {out}: {error}.') from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_safetensors(tensors: dict[str, Any], file: Path) -> None:
+    try:
+        from safetensors.torch import save
+    except ImportError as error:
+        raise UserError('Writing .safetensors needs a package: pip install safetensors.') from error
+    file.write_bytes(save(tensors, metadata={'format': 'pt'}))
+
+
+def inspect(checkpoint: dict[str, Any], arch: str | None) -> Iterator[tuple[str, str]]:
+    """Yield what a checkpoint holds, as pairs of a title and a text."""
+    tensors = unwrap(checkpoint)
+    source = backbone_part(tensors)
+    plain = bare_backbone(source, arch)
+    fmt = detect_format(list(source))
+    found = recognise_arch(to_atoms(source, fmt))
+    parameters = sum(tensor.numel() for tensor in plain.values())
+    yield 'format', fmt.name
+    yield 'arch', str(found)
+    yield 'backbone', f'{len(plain)} tensors, {parameters / 1e6:.2f} M parameters'
+    yield 'would load', loading_report(plain, source, found)
+    others = Counter(key.split('.')[0] for key in tensors if source is not tensors)
+    others.pop('backbone', None)
+    unknown = [key for key in source if not match(key, fmt)]
+    yield 'others', ', '.join(f'{n} in {name}' for name, n in others.items()) or 'none'
+    yield 'unknown', f'{len(unknown)} keys, such as {unknown[0]}' if unknown else 'none'
+
+
+def loading_report(plain: dict[str, Any], source: dict[str, Any], found: Arch | None) -> str:
+    """Load the weights into the backbone of their arch, without memory, and say what came of it."""
+    if found is None or found.name is None:
+        return 'into no published arch; whole weights of a custom one into its own arch=dict(...)'
+    backbone = PVTv2 if found.version == 'PVTv2' else PVT
+    first = plain.get('stages.0.patch_embed.proj.weight')
+    with torch.device('meta'):
+        model = backbone(found.name, in_channels=3 if first is None else first.shape[1])
+    weights = {key: tensor.to('meta') for key, tensor in source.items()}
+    try:
+        return load_into_backbone(weights, '', model.state_dict(), backbone.__name__)
+    except CheckpointMismatchError as error:
+        return f'no. {error}'
+
+
+@cli.main_errors
+def main() -> None:
+    args = parse_args()
+    check_args(args)
+    checkpoint = read_checkpoint(args.file)
+    check_weights(checkpoint, args.file)
+    if args.inspect:
+        for title, text in inspect(checkpoint, args.arch):
+            print(f'{title:<11} {text}')
+        return
+    converted = convert(checkpoint, args)
+    write(converted, Path(args.out))
+    count = len(converted.get('state_dict', converted))
+    print(f'{args.file} -> {args.out}: {count} tensors in {args.to} format')
+
+
+if __name__ == '__main__':
+    main()
