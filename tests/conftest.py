@@ -4,6 +4,8 @@ import copy
 import functools
 import http.server
 import importlib.util
+import json
+import os
 import subprocess
 import sys
 import threading
@@ -177,6 +179,16 @@ def trained(tmp_path_factory, demo_data):
         return Trained(config, data, work_dir, work_dir / name)
 
     return run
+
+
+def scalars(work_dir):
+    """Read the newest log of a work dir: one dict an entry."""
+    newest = max(work_dir.glob('*/vis_data/scalars.json'), key=os.path.getmtime)
+    return [json.loads(line) for line in newest.read_text().splitlines()]
+
+
+def losses(work_dir):
+    return [entry['loss'] for entry in scalars(work_dir) if 'loss' in entry]
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):

@@ -4,9 +4,12 @@ import functools
 import json
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
+from mmengine.registry import HOOKS
+from mmengine.runner.checkpoint import _load_checkpoint_to_model
 
 from pvt_mm import PVT, PVTv2
 
@@ -81,3 +84,11 @@ def reference_backbone(arch, **kwargs):
     model = backbone_class(arch)(arch, **kwargs)
     model.load_state_dict(official_weights(arch))
     return model
+
+
+def load_from(model, weights, strict=True):
+    """Load as Runner.load_checkpoint does, with the hook of every recipe."""
+    checkpoint = {'model': dict(weights)}
+    hook = HOOKS.build(dict(type='PVTCheckpointHook'))
+    hook.after_load_checkpoint(SimpleNamespace(model=model), checkpoint)
+    _load_checkpoint_to_model(model, checkpoint, strict=strict)

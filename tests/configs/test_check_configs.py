@@ -18,8 +18,8 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.structures import InstanceData
+from recipes import read_metafile
 from reference import REPO
-from test_configs import read_metafile
 
 from pvt_mm import cli
 from pvt_mm.config import iter_dicts

@@ -1,36 +1,35 @@
 """Configs load, say what the reference's recipes say, and build with channels that agree."""
 
 import copy
-import functools
-import json
 import re
-from pathlib import Path
 from unittest import mock
 
-import mmengine.config.utils
 import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS
+from recipes import (
+    CLASSIFIERS,
+    CONFIGS,
+    LEAVES,
+    PUBLISHED,
+    V1,
+    V2,
+    load,
+    parts_of,
+    published_figures,
+    read_metafile,
+)
+from reference import REPO, load_json
 
-ROOT = Path(__file__).parents[2]
-CONFIGS = ROOT / 'configs'
-LEAVES = sorted(path.name for path in CONFIGS.glob('*.py') if not path.name.startswith('demo_'))
-CLASSIFIERS = [name for name in LEAVES if name.endswith('_in1k.py')]  # see test_classification.py
-RECIPES = {
-    recipe['file']: recipe
-    for recipe in json.loads((ROOT / 'tests/data/official_recipes.json').read_text())['configs']
-}
-README = (ROOT / 'README.md').read_text()
+RECIPES = {recipe['file']: recipe for recipe in load_json('official_recipes.json')['configs']}
+README = (REPO / 'README.md').read_text()
 EXAMPLES = [
     text for text in re.findall('^```python\n(.*?)^```', README, re.M | re.S) if '_base_' in text
 ]
 #: Where the model zoo has its rows; classification's are on its own page.
-ZOO = README + (ROOT / 'docs/classification.md').read_text()
-PUBLISHED = json.loads((ROOT / 'tests/data/published.json').read_text())
+ZOO = README + (REPO / 'docs/classification.md').read_text()
 
-V1 = dict(t='tiny', s='small', m='medium', l='large')
-V2 = ('b0', 'b1', 'b2', 'b2_li', 'b3', 'b4', 'b5')
 REQUIRED = {'retinanet_pvt_s_fpn_1x_coco_640.py'}
 for head in ('retinanet', 'mask_rcnn'):
     REQUIRED |= {f'{head}_pvt_{arch}_fpn_1x_coco.py' for arch in V1}
@@ -85,28 +84,10 @@ COMPARED = {
 }
 
 
-# For each `mmdet::` base mmengine parses every metafile of mmdet: most of a config's loading time.
-read_metafile = functools.cache(mmengine.config.utils.load)
-
-
-@functools.cache
-def load(name):
-    """A config, read once for the whole file."""
-    with mock.patch('mmengine.config.utils.load', read_metafile):
-        return Config.fromfile(CONFIGS / name)
-
-
 def arch_of(recipe):
     """`('PVT', 'small')` of `pvt_small`, `('PVTv2', 'b2_li')` of `pvt_v2_b2_li`."""
     name = recipe['backbone'].removeprefix('pvt_').removesuffix('_f4')
     return ('PVTv2', name.removeprefix('v2_')) if name.startswith('v2_') else ('PVT', name)
-
-
-def parts_of(name):
-    """`('mask_rcnn', 'PVTv2', 'b2_li')` of a leaf's file name; a classifier has no head's."""
-    pattern = r'(?:(\w+?)_)?(pvt|pvt_v2|pvtv2)_([tsml]|b\d(?:_li)?)_'
-    head, kind, arch = re.match(pattern, name).groups()
-    return head, 'PVT' if kind == 'pvt' else 'PVTv2', V1.get(arch, arch)
 
 
 def is_segmentation(recipe):
@@ -230,27 +211,6 @@ def test_recipe_equals_the_reference(name):
     assert schedule(cfg) == published_schedule(recipe)
     assert cfg.train_dataloader.batch_size == published_batch(recipe)
     assert cfg.auto_scale_lr == dict(enable=False, base_batch_size=8 * published_batch(recipe))
-
-
-def published_figures(name):
-    """The scores that the reference publishes for a leaf, if any."""
-    head, _, arch = parts_of(name)
-    if name in CLASSIFIERS:
-        figures = PUBLISHED['imagenet_top1'][arch]
-    elif '_3x_' in name:
-        figures = PUBLISHED['three_x_box_ap'].get(f'{head}_{arch}', [])
-    elif '_40k' in name and head == 'fpn':
-        figures = PUBLISHED['semantic_fpn_40k_miou'].get(arch, [])
-    else:
-        table = dict(
-            retinanet='retinanet_1x_box_ap',
-            mask_rcnn='mask_rcnn_1x_box_mask_ap',
-            detr='detr_50ep_box_ap',
-        ).get(head)
-        figures = PUBLISHED.get(table, {}).get(arch + '_640' * name.endswith('_640.py'), [])
-    if isinstance(figures, dict):
-        figures = figures['code']
-    return figures if isinstance(figures, list) else [figures]
 
 
 @pytest.mark.parametrize('name', sorted(REQUIRED))

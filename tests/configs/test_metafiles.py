@@ -8,8 +8,8 @@ import pytest
 import yaml
 from mmengine.config.utils import _get_cfg_metainfo
 from mmengine.hub import get_config
+from recipes import LEAVES, load, parts_of, published_figures
 from reference import REPO
-from test_configs import LEAVES, load, parts_of, published_figures
 
 MIM = REPO / 'pvt_mm' / '.mim'
 INDEX = yaml.safe_load((REPO / 'model-index.yml').read_text())

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 from bad_data import COCO, SEGMENTATION, coco_set, segmentation_set
-from conftest import forget_runs
+from conftest import forget_runs, losses
 from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 from mmengine.runner import Runner
 from mmengine.utils import ManagerMixin
 from reference import REPO
-from test_tools import losses
 
 from pvt_mm.config import datasets, task_of
 from pvt_mm.datasets import guard

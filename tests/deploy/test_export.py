@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import REPO, small
+from reference import small
 from torch import nn
 
 from pvt_mm.deploy import export

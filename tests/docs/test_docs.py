@@ -15,8 +15,8 @@ from conftest import forget_runs, load_tool, run_main, write_config
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.utils import ManagerMixin
+from recipes import read_metafile
 from reference import REPO, load_json
-from test_configs import read_metafile
 
 import pvt_mm
 from pvt_mm.config import load_config

@@ -6,10 +6,10 @@ import shutil
 
 import pytest
 import torch
+from conftest import losses, scalars
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS, OPTIM_WRAPPERS
-from test_tools import losses, scalars
 
 from pvt_mm.engine.non_finite_hook import finite_gradients
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
+from recipes import LEAVES, load, read_metafile
 from reference import REPO, SMALL, small
-from test_configs import LEAVES, load, read_metafile
 from torch import nn
 
 from pvt_mm import PVT

@@ -5,17 +5,24 @@ import functools
 import importlib.util
 import logging
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import HOOKS, MODELS, init_default_scope
-from mmengine.runner.checkpoint import _load_checkpoint_to_model
-from reference import REPO, SMALL, V1, backbone_class, load_json, official_weights, rule_image
-from test_configs import CLASSIFIERS, PUBLISHED, load, parts_of
+from mmengine.registry import MODELS, init_default_scope
+from recipes import CLASSIFIERS, PUBLISHED, load, parts_of
+from reference import (
+    REPO,
+    SMALL,
+    V1,
+    backbone_class,
+    load_from,
+    load_json,
+    official_weights,
+    rule_image,
+)
 from torch import nn
 
 from pvt_mm import PVT, CheckpointMismatchError, PVTv2, convert_checkpoint
@@ -42,14 +49,6 @@ def classifier(arch, **kwargs):
     return Classifier(backbone_class(arch)(arch, out_indices=(3,), **options), **kwargs).eval()
 
 
-def load_from(model, weights, strict=True):
-    """Load as Runner.load_checkpoint does, with the hook of every recipe."""
-    checkpoint = {'model': dict(weights)}
-    hook = HOOKS.build(dict(type='PVTCheckpointHook'))
-    hook.after_load_checkpoint(SimpleNamespace(model=model), checkpoint)
-    _load_checkpoint_to_model(model, checkpoint, strict=strict)
-
-
 def random_weights(arch):
     """Weights of the rule, the classifier's drawn too."""
     generator = torch.Generator().manual_seed(11)
@@ -67,7 +66,7 @@ def random_weights(arch):
 @pytest.mark.parametrize('arch', ['tiny', 'b0', 'b2_li'])
 def test_logits_equal_hugging_face(arch):
     """Class token, its position, final norm and head of a published checkpoint all count."""
-    huggingface = pytest.importorskip('test_huggingface')
+    huggingface = pytest.importorskip('huggingface', reason='needs transformers')
     theirs = huggingface.build(arch, classifier=True)
     ours = classifier(arch)
     load_from(ours, theirs.state_dict())

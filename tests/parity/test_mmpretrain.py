@@ -11,15 +11,12 @@ import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
-from reference import REPO, SMALL, official_weights
+from reference import REPO, SMALL, load_from, official_weights
 
 from pvt_mm import PVT
+from pvt_mm.checkpoint.safe_load import read_checkpoint
 
 pytest.importorskip('mmpretrain')
-
-from test_classification import load_from
-
-from pvt_mm.checkpoint.safe_load import read_checkpoint
 
 NAMES = ('dark', 'bright')
 

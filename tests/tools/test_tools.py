@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import losses, scalars
 from mmengine.registry import Registry
 from pycocotools import mask as coco_mask
 from reference import REPO, small
@@ -21,16 +22,6 @@ from pvt_mm.models import ops
 TASKS = ('det', 'ins', 'seg')
 DATA = {'det': 'coco', 'ins': 'coco', 'seg': 'ade'}
 SCORES = {'det': 'coco/bbox_mAP', 'ins': 'coco/segm_mAP', 'seg': 'mIoU'}
-
-
-def scalars(work_dir):
-    """Read the newest log of a work dir: one dict an entry."""
-    newest = max(work_dir.glob('*/vis_data/scalars.json'), key=os.path.getmtime)
-    return [json.loads(line) for line in newest.read_text().splitlines()]
-
-
-def losses(work_dir):
-    return [entry['loss'] for entry in scalars(work_dir) if 'loss' in entry]
 
 
 @pytest.mark.parametrize('task', TASKS)
