@@ -7,6 +7,7 @@ import io
 import re
 import shlex
 import sys
+from pathlib import Path
 from unittest import mock
 
 import conftest
@@ -76,7 +77,7 @@ def parse_with_tool(name, arguments):
     said = io.StringIO()
     with (
         mock.patch.object(argparse.ArgumentParser, 'parse_args', stop),
-        mock.patch.object(sys, 'argv', [f'tools/{name}.py', *arguments]),
+        mock.patch.object(sys, 'argv', [f'{name}.py', *arguments]),
         contextlib.redirect_stderr(said),
         contextlib.redirect_stdout(said),
     ):
@@ -86,7 +87,7 @@ def parse_with_tool(name, arguments):
             return parsed
         except SystemExit as end:
             raise AssertionError(said.getvalue()) from end
-    raise AssertionError(f'tools/{name}.py parses no arguments')
+    raise AssertionError(f'{name}.py parses no arguments')
 
 
 def parser_of(name):
@@ -121,8 +122,8 @@ def check(words, made=()):
             return
         script, *arguments = rest
         assert (REPO / script).is_file(), f'there is no {script}'
-        assert script.startswith('tools/'), f'{script} is not a tool'
-        parse_with_tool(script[len('tools/') : -len('.py')], arguments)
+        assert script.startswith(('tools/', 'tests/stress/')), f'{script} is not a tool'
+        parse_with_tool(Path(script).stem, arguments)
     elif first == 'bash':
         script, *arguments = rest
         assert (REPO / script).is_file(), f'there is no {script}'

@@ -109,11 +109,8 @@ def forget_runs(cls):
 
 
 def load_tool(name):
-    """Import a tool as a module."""
-    (file,) = [
-        *REPO.glob(f'tools/{name}.py'), *REPO.glob(f'tools/*/{name}.py'),
-        *REPO.glob(f'tests/stress/{name}.py'),
-    ]  # fmt: skip
+    """Import a tool of any folder as a module."""
+    (file,) = [*REPO.glob(f'tools/**/{name}.py'), *REPO.glob(f'tests/stress/{name}.py')]
     spec = importlib.util.spec_from_file_location(f'tool_{name}', file)
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:  # tools import their neighbours

@@ -2,12 +2,13 @@
 
 import copy
 import functools
-import importlib.util
+import importlib
 import re
 
 import mmdet.models.necks
 import mmengine.dataset
 import pytest
+from conftest import load_tool
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmengine.config import Config
@@ -591,11 +592,7 @@ def build(codebase, model):
 
 def tool_module():
     """tests/stress/swap_census.py as a module."""
-    file = REPO / 'tools' / 'swap_census.py'
-    spec = importlib.util.spec_from_file_location('swap_census', file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool('swap_census')
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from commands import check, is_command, parser_of, split
-from conftest import forget_runs, load_tool, run_main, write_config
+from conftest import forget_runs, run_main, write_config
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.utils import ManagerMixin
@@ -23,7 +23,7 @@ from pvt_mm.config import load_config
 
 PAGES = [REPO / 'README.md', *sorted((REPO / 'docs').glob('*.md'))]
 #: What a marker may say that a block needs, so that it is not run here: <!-- needs: COCO, GPU -->
-#: Another form names the test that runs it: <!-- run by: tests/test_tools.py -->
+#: Another form names the test that runs it: <!-- run by: tests/tools/test_tools.py -->
 NEEDS = {'COCO', 'ADE20K', 'ImageNet', 'GPU', 'network', 'slurm', 'minutes', 'checkpoint'}
 #: Tools whose commands are run here, and what makes them small.
 RUN_HERE = {
@@ -31,7 +31,6 @@ RUN_HERE = {
     'check_dataset': (),
     'swap_backbone': (),
     'convert_checkpoint': (),
-    'draw_architecture': (),
 }
 PLACEHOLDER = re.compile(r'[A-Z][A-Z_]+(\.[a-z]+)?')
 
@@ -145,7 +144,7 @@ def test_block_is_of_a_known_kind(block):
     assert block.needs - tests <= NEEDS, f'a marker may say {", ".join(sorted(NEEDS))}'
     for test in tests:
         text = (REPO / test).read_text()
-        for tool in re.findall(r'tools/(\w+)\.', block.text):
+        for tool in re.findall(r'tools/(?:\w+/)?(\w+)\.', block.text):
             assert tool in text, f'{test} does not run tools/{tool}'
 
 
@@ -325,7 +324,7 @@ def test_arguments_in_the_readme_exist():
 
 def message_templates():
     """The texts in the sources of pvt_mm, with a NUL for each value that is filled in."""
-    for file in (REPO / 'pvt_mm').glob('*.py'):
+    for file in (REPO / 'pvt_mm').rglob('*.py'):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.JoinedStr):
                 yield ''.join(
@@ -355,11 +354,17 @@ def test_messages_are_in_the_code(message):
 def test_shapes_on_the_page_are_those_of_the_model():
     """The table of PVT-Small's stages is what the model has."""
     page = (REPO / 'docs/how_pvt_works.md').read_text()
-    for index, shape in enumerate(load_tool('draw_architecture').stage_shapes('small', 800, 1344)):
-        (h, w), (kh, kw) = shape.tokens, shape.keys
+    with torch.device('meta'), torch.no_grad():
+        model = pvt_mm.PVT('small').eval()
+        features = model(torch.empty(1, 3, 800, 1344))
+    for index, (stage, feature) in enumerate(zip(model.stages, features)):
+        attention = stage.blocks[0].attn
+        with torch.no_grad():
+            keys = attention.reduce(feature.permute(0, 2, 3, 1))  # (B, H', W', C)
+        (width, h, w), (kh, kw) = feature.shape[1:], keys.shape[1:3]
         row = (
-            f'| {index + 1} | {h} x {w} = {h * w:,} | {shape.width} | {shape.heads} '
-            f'| {shape.ratio} | {kh} x {kw} = {kh * kw:,} | {h * w * kh * kw / 1e6:.1f} |'
+            f'| {index + 1} | {h} x {w} = {h * w:,} | {width} | {attention.num_heads} '
+            f'| {attention.sr_ratio} | {kh} x {kw} = {kh * kw:,} | {h * w * kh * kw / 1e6:.1f} |'
         )
         assert row in page
 

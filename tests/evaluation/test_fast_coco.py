@@ -4,15 +4,14 @@ import contextlib
 import copy
 import io
 import json
-import sys
 from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_up_coco import made_up
 from mmengine.config import Config
-from reference import REPO
 
 faster_coco_eval = pytest.importorskip('faster_coco_eval')
 
@@ -20,16 +19,11 @@ from mmdet.datasets.api_wrappers import COCO, COCOeval  # noqa: E402
 from mmdet.evaluation.metrics import CocoMetric  # noqa: E402
 from pycocotools import mask  # noqa: E402
 
-from pvt_mm.evaluation.fast_coco import FastCOCOeval, FastCocoMetric  # noqa: E402
-
-sys.path.insert(0, str(REPO / 'tools' / 'benchmark'))  # as for a script in it
-import benchmark_coco_eval as tool  # noqa: E402
-
 from pvt_mm import cli  # noqa: E402
 from pvt_mm.engine.options import use_fast_coco_eval  # noqa: E402
 from pvt_mm.errors import UserError  # noqa: E402
+from pvt_mm.evaluation.fast_coco import FastCOCOeval, FastCocoMetric  # noqa: E402
 
-sys.path.pop(0)
 
 
 def figures(make, dataset, results, kind='bbox', max_detections=(100, 300, 1000)):
@@ -49,14 +43,14 @@ def figures(make, dataset, results, kind='bbox', max_detections=(100, 300, 1000)
 @given(st.integers(1, 6), st.integers(1, 100), st.integers(1, 12), st.integers(0, 10**6))
 def test_all_figures_up_to_100_detections(images, detections, classes, seed):
     """Whatever the boxes, classes, crowds and scores, the twelve figures are pycocotools'."""
-    dataset, results = tool.made_up(images, detections, classes, seed)
+    dataset, results = made_up(images, detections, classes, seed)
     expected = figures(COCOeval, dataset, results)
     np.testing.assert_allclose(figures(FastCOCOeval, dataset, results), expected, atol=1e-12)
 
 
 def test_ap_of_300_boxes_of_a_class_is_put_right():
     """The package itself counts all 300 for the AP; pycocotools, and we, the best 100."""
-    dataset, results = tool.made_up(6, 300, classes=1)
+    dataset, results = made_up(6, 300, classes=1)
     expected = figures(COCOeval, dataset, results)
     plain = figures(faster_coco_eval.COCOeval_faster, dataset, results)
     assert abs(plain[0] - expected[0]) > 1e-4, 'the correction would be of no use'
@@ -66,7 +60,7 @@ def test_ap_of_300_boxes_of_a_class_is_put_right():
 
 def test_masks_too():
     """Instance masks, polygons and run lengths, give the same twelve figures."""
-    dataset, results = tool.made_up(4, 40, classes=3)
+    dataset, results = made_up(4, 40, classes=3)
     for item in (*dataset['annotations'], *results):
         x, y, w, h = item.pop('bbox')
         item['segmentation'] = [[x, y, x + w, y + h / 3, x + w / 2, y + h]]
@@ -82,12 +76,12 @@ def test_masks_too():
 def test_without_100_it_is_refused():
     """There is no AP to give where no number of detections is 100."""
     with pytest.raises(UserError, match=r'proposal_nums is \(300, 1000\); add 100'):
-        figures(FastCOCOeval, *tool.made_up(1, 5), max_detections=(300, 1000))
+        figures(FastCOCOeval, *made_up(1, 5), max_detections=(300, 1000))
 
 
 def test_metric_gives_the_same_scores(tmp_path):
     """mmdet's metric, class by class too, with one evaluation or the other."""
-    dataset, results = tool.made_up(5, 60, classes=4)
+    dataset, results = made_up(5, 60, classes=4)
     (tmp_path / 'truth.json').write_text(json.dumps(dataset))
     scores = []
     for kind in (CocoMetric, FastCocoMetric):
@@ -144,13 +138,3 @@ def test_the_flag_finds_all_evaluators():
     use_fast_coco_eval(cfg)
     assert cfg.val_evaluator.type == cfg.test_evaluator[1].type == 'FastCocoMetric'
     assert cfg.test_evaluator[0] == other
-
-
-def test_the_timing_tool(capsys, monkeypatch):
-    """It names both, and finds no difference."""
-    monkeypatch.setattr('sys.argv', ['benchmark_coco_eval.py', '--images', '3'])
-    tool.main()
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == '3 images, 100 detections each, 80 classes'
-    assert [line.split()[0] for line in lines[1:3]] == ['pycocotools', 'faster-coco-eval']
-    assert float(lines[3].rpartition(' ')[2]) < 1e-12

@@ -1,11 +1,11 @@
 """Train every recipe for a few iterations, evaluate it and load its checkpoint again.
 
-The images are those of tools/demo/make_demo_data.py. A recipe keeps its model, losses, optimiser and
-augmentation; data (a few images of five classes), image sizes, batch and schedule shrink, published
-weights are left out, and the score threshold, which an untrained model does not reach, is 0. So a
-score shows that the evaluation runs, and no more. Every config runs in a process of its own. What
-fails is listed at the end, with exit code 1; what is done is not done again. Classification is
-skipped, and said to be, where mmpretrain is not installed.
+The images are those of tools/demo/make_demo_data.py. A recipe keeps its model, losses, optimiser
+and augmentation; data (a few images of five classes), image sizes, batch and schedule shrink,
+published weights are left out, and the score threshold, which an untrained model does not reach,
+is 0. So a score shows that the evaluation runs, and no more. Every config runs in a process of its
+own. What fails is listed at the end, with exit code 1; what is done is not done again.
+Classification is skipped, and said to be, where mmpretrain is not installed.
 
 Example:
     python tests/stress/check_configs.py --pattern 'retinanet_*' 'fpn_*'
@@ -73,12 +73,12 @@ HEADER = ('config', 'parameters, million', 'first loss', 'last loss', 'evaluated
 
 PAGE = """# Every recipe, run
 
-`python tests/stress/check_configs.py --markdown docs/check_configs.md` made this page. It trains each
-recipe for {iterations} iterations on the generated data set, in which every parameter must get a
-gradient, evaluates it, and loads its checkpoint (strictly) into a new model, which must predict the
-same. Model, losses, optimiser and augmentation are the recipe's. Data, classes, image sizes, batch
-and schedule are cut, weights are random and the score threshold is 0: the scores show that the
-evaluation runs, and no more. Parameters are those with 5 classes, 6 for segmentation.
+`python tests/stress/check_configs.py --markdown docs/check_configs.md` made this page. It trains
+each recipe for {iterations} iterations on the generated data set, in which every parameter must get
+a gradient, evaluates it, and loads its checkpoint (strictly) into a new model, which must predict
+the same. Model, losses, optimiser and augmentation are the recipe's. Data, classes, image sizes,
+batch and schedule are cut, weights are random and the score threshold is 0: the scores show that
+the evaluation runs, and no more. Parameters are those with 5 classes, 6 for segmentation.
 
 {count} of {total} recipes, {failed} failed, {minutes:.0f} minutes on a CPU with {cores} cores;
 mixed precision is bf16 there. {stack}.{skipped}

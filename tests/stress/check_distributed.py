@@ -62,7 +62,7 @@ MARK = 'PVT_MM_CHECK_DISTRIBUTED'
 TOLERANCE = 2e-5
 BATCH, SIDE = 2, 256  # an image large enough for the kernels of attention
 
-# All that a launch needs beside the config: this module is found beside train.py.
+# All that a launch needs beside the config: this module, which `launch` puts on Python's path.
 CONFIG = """
 _base_ = {base!r}
 custom_imports = dict(imports=['pvt_mm', 'check_distributed'], allow_failed_imports=False)
@@ -185,10 +185,14 @@ def launch(*arguments: Any, **environment: str) -> tuple[int, str]:
     Returns:
         The exit code, or that of a killed process where it did not end, and the output.
     """
-    path = f'{os.path.dirname(sys.executable)}{os.pathsep}{os.environ["PATH"]}'
+    first = dict(PATH=Path(sys.executable).parent, PYTHONPATH=Path(__file__).parent)
+    own = {
+        name: os.pathsep.join([str(place), *filter(None, [os.environ.get(name)])])
+        for name, place in first.items()
+    }
     process = subprocess.Popen(
         ['bash', str(ROOT / 'tools/dist_launch.sh'), '2', *map(str, arguments)],
-        env={**os.environ, 'PYTHONWARNINGS': 'ignore', 'PATH': path, **environment},
+        env={**os.environ, 'PYTHONWARNINGS': 'ignore', **own, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -225,7 +229,7 @@ def check_gradients(backbones: list[dict[str, Any]], folder: Path) -> str:
     """
     folder.mkdir(parents=True)
     arguments = ('--backbones', json.dumps(backbones), '--out', folder)
-    code, output = launch('check_distributed.py', *arguments)
+    code, output = launch('../tests/stress/check_distributed.py', *arguments)
     if code:
         raise UserError(f'the launch ended with code {code}:\n{output}')
     ranks = [torch.load(folder / f'gradients_{i}.pth', weights_only=True) for i in range(2)]
@@ -319,10 +323,9 @@ def check_port() -> str:
 
 def all_checks(folder: Path) -> Iterator[tuple[str, Callable[[], str]]]:
     """Yield the name of each check, and what runs it."""
-    from make_demo_data import make_demo_data  # what it imports, the launched need not load
-
     data = folder / 'data'
-    make_demo_data(data, train=16, val=8)
+    make = [sys.executable, str(ROOT / 'tools/demo/make_demo_data.py'), '--out', str(data)]
+    subprocess.run([*make, '--train', '16', '--val', '8'], check=True)
     roots = {'det': data / 'coco', 'seg': data / 'ade'}
     yield 'gradients, PVT PVTv2', partial(check_gradients, BACKBONES, folder / 'gradients')
     tasks = {

@@ -367,12 +367,8 @@ def main() -> None:
         raise UserError(f'--kills {args.kills}: kill at least once.')
     runtime.setup()
     folder = args.work_dir.resolve()
-    make = [
-        sys.executable,
-        str(ROOT / 'tools/demo/make_demo_data.py'),
-        '--out',
-        str(folder / 'data'),
-    ]
+    make = [sys.executable, str(ROOT / 'tools/demo/make_demo_data.py')]
+    make += ['--out', str(folder / 'data')]
     subprocess.run(
         [*make, '--train', str(TRAIN_IMAGES), '--val', str(VAL_IMAGES)],
         check=True,

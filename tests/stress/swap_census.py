@@ -61,10 +61,10 @@ LOSS, FEATURES = 'loss', 'backbone and neck'
 
 PAGE = """# Census of swaps
 
-`python tests/stress/swap_census.py --force --markdown docs/swap_census.md` made this page. It took every
-config of the installed mmdet and mmseg (`_base_` left out) and swapped PVTv2-B0 for its backbone;
-dilated backbones, whose levels get coarser, were swapped with `--allow-stride-change` and are
-counted apart. Each swapped config was written and read back to the same.
+`python tests/stress/swap_census.py --force --markdown docs/swap_census.md` made this page. It took
+every config of the installed mmdet and mmseg (`_base_` left out) and swapped PVTv2-B0 for its
+backbone; dilated backbones, whose levels get coarser, were swapped with `--allow-stride-change` and
+are counted apart. Each swapped config was written and read back to the same.
 
 Each distinct model was then built once with random weights, on the CPU, since the forward needs
 real ones, and run on two images of {side} x {side} pixels ({large} x {large} where it needs larger

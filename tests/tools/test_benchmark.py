@@ -157,7 +157,11 @@ def test_a_peer_runs_without_pvt_mm(peer):
     code += f'side.BUILDERS[{peer!r}]({peers.settings_of(peer, "b0")!r})\n'
     code += "print([name for name in sys.modules if name.startswith('pvt_mm')])"
     result = subprocess.run(
-        [sys.executable, '-c', code], cwd=REPO / 'tools', capture_output=True, text=True, check=True
+        [sys.executable, '-c', code],
+        cwd=REPO / 'tools' / 'benchmark',
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert result.stdout.splitlines()[-1] == '[]'
 

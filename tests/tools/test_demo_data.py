@@ -1,28 +1,19 @@
 """The embedded data set: COCO and ADE20K layouts, read with the tools that will read them."""
 
 import hashlib
-import importlib.util
 import json
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from conftest import load_tool
+from reference import REPO
 
 COCO = pytest.importorskip('pycocotools.coco').COCO
 pytest.importorskip('sklearn')
 
-ROOT = Path(__file__).resolve().parents[2]
 TRAIN, VAL = 6, 4
 ADE = {'train': 'training', 'val': 'validation'}
-
-
-def load_tool(name):
-    """Import a script of tools/ as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / 'tools' / f'{name}.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 tool = load_tool('make_demo_data')
@@ -88,7 +79,7 @@ def test_categories_are_the_configs_classes(split):
         ('demo_mask_rcnn_pvt_v2_b0', ()),
         ('demo_fpn_pvt_t', ('background',)),
     ):
-        cfg = Config.fromfile(ROOT / 'configs' / f'{config}.py')
+        cfg = Config.fromfile(REPO / 'configs' / f'{config}.py')
         for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
             assert loader.dataset.metainfo.classes == before + names
             assert len(loader.dataset.metainfo.palette) == len(before + names)
@@ -234,7 +225,7 @@ def test_mmseg_reads_the_label_maps(data):
     from mmengine.registry import DATASETS
 
     assert datasets.BaseSegDataset
-    cfg = Config.fromfile(ROOT / 'configs' / 'demo_fpn_pvt_t.py').train_dataloader.dataset
+    cfg = Config.fromfile(REPO / 'configs' / 'demo_fpn_pvt_t.py').train_dataloader.dataset
     cfg.data_root = str(data / 'ade')
     cfg.pipeline = cfg.pipeline[:2]
     cfg._scope_ = 'mmseg'

@@ -9,19 +9,20 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from reference import REPO
 
 pytest.importorskip('matplotlib')
 pytest.importorskip('sklearn')
 
-TOOLS = Path(__file__).resolve().parents[2] / 'tools' / 'demo'
+DEMO = str(REPO / 'tools' / 'demo')
 
 
 @pytest.fixture(scope='module', autouse=True)
 def tools_on_path():
-    """Make tools/ importable, as it is for a script in it."""
-    sys.path.insert(0, str(TOOLS))
+    """Make tools/demo/ importable, as it is for a script in it."""
+    sys.path.insert(0, DEMO)
     yield
-    sys.path.remove(str(TOOLS))
+    sys.path.remove(DEMO)
 
 
 @pytest.fixture
@@ -190,7 +191,7 @@ def test_quick_options_fit_the_configs(demo):
     from mmengine.config import Config
 
     for task in demo.TASKS.values():
-        cfg = Config.fromfile(TOOLS.parent / 'configs' / task.config)
+        cfg = Config.fromfile(REPO / 'configs' / task.config)
         for option in task.quick:
             key = option.partition('=')[0]
             *parents, last = key.split('.')

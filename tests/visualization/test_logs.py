@@ -73,7 +73,7 @@ def test_resumed_starts_are_joined_and_the_later_wins(tmp_path_factory, starts):
 def test_a_half_line_is_skipped_and_counted(run_tool, tmp_path, capsys):
     """A killed training leaves one; the rest is read, and stderr tells how many were not."""
     write(tmp_path / 'a', train(10, 2.0), 'null', train(20, 1.5), '{"lr": 1e-4, "lo')
-    run_tool('analyze_log', tmp_path / 'a')
+    run_tool('analyze_logs', tmp_path / 'a')
     captured = capsys.readouterr()
     assert captured.err == 'warning: a: skipped 2 broken line(s)\n'
     assert captured.out.splitlines()[1].split()[:6] == ['a', '20', '1', '2', '1.5', '1.5']
@@ -91,7 +91,7 @@ def test_real_trainings_in_one_table_picture_and_file(trained, run_tool, tmp_pat
     for task in ('det', 'seg'):
         shutil.copytree(trained(task).work_dir, tmp_path / task)
     capsys.readouterr()  # of the trainings
-    run_tool('analyze_log', tmp_path / 'det', tmp_path / 'seg', '-o', 'a.png', '--csv', 'a.csv')
+    run_tool('analyze_logs', tmp_path / 'det', tmp_path / 'seg', '-o', 'a.png', '--csv', 'a.csv')
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith('det ') and 'bbox_mAP' in lines[1]
     assert lines[2].startswith('seg ') and 'mIoU' in lines[2]
@@ -121,7 +121,7 @@ def test_what_cannot_be_read_or_written_is_one_sentence(arguments, text, failing
     (tmp_path / 'empty').mkdir()
     write(tmp_path / 'broken', '{"ste')
     by_epoch(tmp_path / 'good')
-    assert text in failing('analyze_log', *arguments)
+    assert text in failing('analyze_logs', *arguments)
     assert not list(tmp_path.glob('a.*'))
 
 

@@ -31,7 +31,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('config', help='config file of mmdet or mmseg kind')
     parser.add_argument('checkpoint', help='weights of the whole model: a file or URL')
     parser.add_argument('out', metavar='OUT', help='the file to write, .onnx or .pt2')
-    parser.add_argument('--format', choices=export.FORMATS, help="default: by OUT's ending")
     parser.add_argument(
         '--what',
         choices=('backbone', 'model'),
@@ -57,9 +56,8 @@ def parse_args() -> argparse.Namespace:
 
 def check(args: argparse.Namespace, out: Path) -> None:
     """Check the arguments before any time goes into the model."""
-    if out.suffix[1:] not in export.FORMATS or args.format not in (None, out.suffix[1:]):
-        endings = f'.{args.format}' if args.format else '.onnx or .pt2'
-        raise UserError(f'OUT must end in {endings}, not {out.name}.')
+    if out.suffix[1:] not in export.FORMATS:
+        raise UserError(f'OUT must end in .onnx or .pt2, not {out.name}.')
     if not out.parent.is_dir():
         raise UserError(f'There is no folder {out.parent}; make it first.')
     if out.is_dir():
@@ -88,7 +86,7 @@ def print_numbers(differences: Sequence[export.Difference]) -> None:
     cells = {(d.output, d.size): f'{d.largest:.1e}' for d in differences}
     names = dict.fromkeys(d.output for d in differences)
     print(
-        f'Largest difference from PyTorch, of the spread; {export.TOLERANCE:g} passes, and '
+        f'Largest difference from PyTorch, over the std; {export.TOLERANCE:g} passes, and '
         f'{export.ROUNDING:.1g} of the values for rounding:'
     )
     head = ['output', *('x'.join(map(str, size)) for size in sizes)]
@@ -97,7 +95,7 @@ def print_numbers(differences: Sequence[export.Difference]) -> None:
 
 def print_int8(differences: Sequence[export.Difference], images: int) -> None:
     """Print the error of each output, over the images."""
-    print(f'Error of int8 beside fp32, of the spread, over {images} images:')
+    print(f'Error of int8 beside fp32, over the std, of {images} images:')
     rows = []
     for name in dict.fromkeys(d.output for d in differences):
         found = [d for d in differences if d.output == name]
