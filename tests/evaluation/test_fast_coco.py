@@ -25,7 +25,6 @@ from pvt_mm.errors import UserError  # noqa: E402
 from pvt_mm.evaluation.fast_coco import FastCOCOeval, FastCocoMetric  # noqa: E402
 
 
-
 def figures(make, dataset, results, kind='bbox', max_detections=(100, 300, 1000)):
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
