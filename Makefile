@@ -25,7 +25,7 @@ help:
 	@echo 'make clean      remove caches, build products and what the demo wrote; the venv stays'
 	@echo
 	@echo 'Variables: STACK=openmmlab|onedl  PYTHON=$(PYTHON)  VENV=$(VENV)  JOBS=$(JOBS)  QUICK=1 (demo)'
-	@echo '           TESTS="tests/test_tools.py ..." (test; all by default)'
+	@echo '           TESTS="tests/tools/test_tools.py ..." (test; all by default)'
 
 install: $(STAMP)
 

@@ -1,4 +1,4 @@
-"""Builds the pvt-mm distribution; the settings of the development tools are in pyproject.toml."""
+"""Build the pvt-mm distribution; the settings of the development tools are in pyproject.toml."""
 
 import re
 from pathlib import Path
@@ -21,19 +21,19 @@ MIM_LINKS = {
 
 
 def read_version():
-    """The version, without importing the package and with it PyTorch."""
+    """Return the version, without importing the package and with it PyTorch."""
     text = (ROOT / 'pvt_mm' / 'version.py').read_text(encoding='utf-8')
     return re.search(r"^__version__ = '(.+)'$", text, re.MULTILINE).group(1)
 
 
 def read_pins(stack):
-    """The pinned requirements of one stack, comments left out."""
+    """Return the pinned requirements of one stack, comments left out."""
     lines = (ROOT / 'requirements' / f'{stack}.txt').read_text(encoding='utf-8').splitlines()
     return [line for line in lines if line and not line.startswith('#')]
 
 
 def read_description():
-    """README.md, where there is one."""
+    """Return README.md, where there is one."""
     readme = ROOT / 'README.md'
     return readme.read_text(encoding='utf-8') if readme.exists() else ''
 
@@ -69,15 +69,20 @@ setup(
     # Both stacks provide the same modules, so neither can be a hard requirement.
     extras_require={stack: read_pins(stack) for stack in ('openmmlab', 'onedl')} | EXTRAS,
     packages=find_packages(include=['pvt_mm', 'pvt_mm.*']),
-    # setuptools follows the links, so that a wheel holds the files themselves.
+    # setuptools follows the links, so that a wheel holds the files themselves: of the tools those
+    # for users; benchmarks and demo stay in the repository.
     include_package_data=False,
     package_data={
         'pvt_mm': [
+            'visualization/*.html',
             '.mim/*.yml',
             '.mim/configs/**/*.py',
             '.mim/configs/**/*.yml',
             '.mim/tools/*.py',
             '.mim/tools/*.sh',
+            '.mim/tools/analysis_tools/*.py',
+            '.mim/tools/deployment/*.py',
+            '.mim/tools/model_converters/*.py',
         ]
     },
     exclude_package_data={'pvt_mm': ['.mim/tools/install.sh']},

@@ -127,7 +127,7 @@ def test_check_is_cheap():
     """Checking the requirements imports none of them."""
     code = (
         'import runpy, sys\n'
-        f'runpy.run_path({str(ROOT / "pvt_mm" / "_install.py")!r})["check_requirements"]()\n'
+        f'runpy.run_path({str(ROOT / "pvt_mm" / "requirements.py")!r})["check_requirements"]()\n'
         'print(sorted({"torch", "mmengine", "mmcv", "pkg_resources"} & set(sys.modules)))'
     )
     assert run([sys.executable, '-c', code]).stdout == '[]\n'
@@ -184,7 +184,7 @@ def wheel(source, tmp_path_factory):
 
 
 def test_wheel_carries_configs_tools_and_index(wheel):
-    """Every config, base and tool of the tree lies under .mim, and nothing foreign does."""
+    """Every config, base and tool for users lies under .mim, and nothing else does."""
     names = zipfile.ZipFile(wheel).namelist()
     carried = {name.removeprefix('pvt_mm/.mim/') for name in names if '/.mim/' in name}
     configs = {
@@ -193,15 +193,28 @@ def test_wheel_carries_configs_tools_and_index(wheel):
         if path.suffix in ('.py', '.yml')
     }
     tools = {
-        f'tools/{path.name}'
-        for path in (ROOT / 'tools').iterdir()
+        path.relative_to(ROOT).as_posix()
+        for folder in ('.', 'analysis_tools', 'deployment', 'model_converters')
+        for path in (ROOT / 'tools' / folder).iterdir()
         if path.suffix in ('.py', '.sh') and path.name != 'install.sh'
     }
+    assert {'tools/train.py', 'tools/dist_train.sh', 'tools/deployment/export.py'} < tools
     assert carried == configs | tools | {'model-index.yml'}
     assert {name.split('/')[0] for name in names} == {
         'pvt_mm',
         f'pvt_mm-{pvt_mm.__version__}.dist-info',
     }
+
+
+def test_wheel_carries_the_whole_package(wheel):
+    """Every module of every folder is in it, and every page that a module reads."""
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith('pvt_mm/')}
+    files = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / 'pvt_mm').rglob('*')
+        if path.is_file() and path.suffix != '.pyc' and '.mim' not in path.parts
+    }
+    assert {name for name in names if '/.mim/' not in name} == files
 
 
 LOAD = """
@@ -276,9 +289,10 @@ def test_make_refuses_an_unknown_stack():
 
 def test_make_runs_chosen_tests_on_the_other_stack():
     """Each stack has its own environment, and TESTS says which tests run."""
-    shown = run(['make', '-n', 'test', 'STACK=onedl', 'TESTS=tests/test_tools.py -k det'], cwd=ROOT)
+    chosen = 'tests/tools/test_tools.py -k det'
+    shown = run(['make', '-n', 'test', 'STACK=onedl', f'TESTS={chosen}'], cwd=ROOT)
     options = '-q -n 2 --dist loadfile'
-    assert f'.venv-onedl/bin/python -m pytest {options} tests/test_tools.py -k det' in shown.stdout
+    assert f'.venv-onedl/bin/python -m pytest {options} {chosen}' in shown.stdout
     last = run(['make', '-n', 'test'], cwd=ROOT).stdout.splitlines()[-1].rstrip()
     assert last.endswith(f' .venv/bin/python -m pytest {options}')
 
@@ -287,7 +301,7 @@ def test_ci_runs_both_stacks_and_names_tests_that_exist():
     """The tests that CI runs on the second stack are there."""
     script = (ROOT / '.ci' / 'run').read_text()
     assert 'make test\n' in script and 'make test STACK=onedl TESTS=' in script
-    named = re.findall(r'tests/test_\w+\.py', script)
+    named = re.findall(r'tests/\w+/test_\w+\.py', script)
     assert len(named) == len(set(named)) >= 6
     assert all((ROOT / name).is_file() for name in named)
 

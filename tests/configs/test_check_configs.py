@@ -21,7 +21,7 @@ from mmengine.structures import InstanceData
 from recipes import read_metafile
 from reference import REPO
 
-from pvt_mm import cli
+from pvt_mm import config
 from pvt_mm.config import iter_dicts
 from pvt_mm.errors import UserError
 
@@ -132,7 +132,7 @@ def test_only_data_sizes_and_schedule_shrink(name, side, iterations, tmp_path):
 
 def test_a_classifier_shrinks_too(tmp_path, monkeypatch):
     """The same model, with the classes and image sizes of the cut-outs; the sampler stays."""
-    monkeypatch.setattr(cli, 'find_spec', lambda name: name)
+    monkeypatch.setattr(config, 'find_spec', lambda name: name)
     cfg = load('pvt_s_8xb128_in1k.py')
     whole = copy.deepcopy(cfg)
     tool.shrink(cfg, tmp_path / 'data', 3, tmp_path / 'run')

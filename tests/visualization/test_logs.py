@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pvt_mm import cli
+from pvt_mm.engine import options
 from pvt_mm.visualization import logs
 
 
@@ -148,7 +148,7 @@ def test_tensorboard_that_is_missing_is_told_before_training(
     """One sentence with what to install, and no work dir."""
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        cli, 'find_spec', lambda name: None if name == 'tensorboard' else find(name)
+        options, 'find_spec', lambda name: None if name == 'tensorboard' else find(name)
     )
     first = trained('det')
     line = failing(
