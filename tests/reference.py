@@ -19,7 +19,7 @@ V1 = tuple(PVT.ARCHS)
 V2 = tuple(PVTv2.ARCHS)
 ARCHS = V1 + V2
 
-#: One block a stage and narrow, but with every part that the published archs have.
+#: One block per stage and narrow, but with every part that the published archs have.
 SMALL = {
     'dims': (16, 32, 40, 64),
     'depths': (1, 2, 1, 1),

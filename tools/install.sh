@@ -122,7 +122,7 @@ install_mmcv() {
     export MAX_JOBS=$JOBS
     pip_install --no-build-isolation "$pin" || die "$pin did not build: the compiler's words are above."
     if ! mmcv_works "$pin" "$devices"; then
-        say "The ops of that wheel, perhaps one that pip had kept, do not work here: building anew."
+        say "The ops of that wheel, perhaps one that pip had kept, do not work here: building it again."
         pip_install --no-build-isolation --no-cache-dir --force-reinstall --no-deps \
             --no-binary "${pin%%=*}" "$pin" || die "$pin did not build: the compiler's words are above."
         mmcv_works "$pin" "$devices" || die "$pin was built, but its ops do not work: see the message above."

@@ -315,7 +315,7 @@ def test_detr_images():
 
 
 def test_cascade_heads():
-    """Three heads of four convolutions; each keeps mmdet's own spread of box offsets."""
+    """Three heads of four convolutions; each has mmdet's own stds of box offsets."""
     cfg = load('cascade_mask_rcnn_pvt_v2_b2_fpn_3x_mstrain_fp16.py')
     heads = cfg.model.roi_head.bbox_head
     assert [head.bbox_coder.target_stds[0] for head in heads] == [0.1, 0.05, 0.033]

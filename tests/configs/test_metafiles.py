@@ -108,7 +108,7 @@ def test_mmengine_finds_a_recipe_by_its_name():
 
 @pytest.mark.parametrize('state', ['missing', 'text'])
 def test_setup_makes_the_links(state, tmp_path):
-    """Where .mim is missing, or its links became text files, it is made anew."""
+    """Where .mim is missing, or its links became text files, it is made again."""
     for name in ('setup.py', 'pyproject.toml', 'model-index.yml'):
         shutil.copy(REPO / name, tmp_path)
     shutil.copytree(REPO / 'requirements', tmp_path / 'requirements')

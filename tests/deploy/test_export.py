@@ -28,7 +28,7 @@ class Bare(nn.Module):
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40))
 def test_pooling_while_exporting_is_the_adaptive_one(height, width):
-    """Two products with the cells' weights average as PyTorch does, whatever 7 leaves over."""
+    """Two matmuls with the cells' weights average as PyTorch does, whatever 7 leaves over."""
     image = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, 'is_exporting', lambda: True)
@@ -121,7 +121,7 @@ def test_the_part_is_fp32():
 
 
 def test_a_nearly_constant_output_is_not_blamed_for_rounding():
-    """Rounding of large, nearly equal values passes; a thousandth of their spread does not."""
+    """Rounding of large, nearly equal values passes; a thousandth of their std does not."""
 
     class Scores(export.Part):
         def named(self, image):

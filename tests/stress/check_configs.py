@@ -102,7 +102,7 @@ class Row:
     error: str = ''
 
     def cells(self) -> tuple[str, ...]:
-        """The row of the table."""
+        """Return the row of the table."""
         if self.error:
             return (self.config, '', '', '', f'FAILED: {self.error}', f'{self.seconds:.0f}')
         return (
@@ -249,7 +249,7 @@ def check_gradients(model: torch.nn.Module, optimizer: torch.optim.Optimizer) ->
 
 
 def check_reload(runner: Runner) -> None:
-    """Build the model anew from its checkpoint: it must predict what the trained one does.
+    """Build the model again from its checkpoint: it must predict what the trained one does.
 
     Raises:
         UserError: Where there is nothing predicted to compare, or it differs.
@@ -400,7 +400,7 @@ class Results:
         return Row(**entry['row'])
 
     def put(self, path: Path, key: str, row: Row) -> None:
-        """Keep a row, on disc at once."""
+        """Save a row to disc at once."""
         self.rows[str(path)] = {'digest': key, 'row': asdict(row)}
         self.file.write_text(json.dumps(self.rows, indent=1))
 

@@ -58,7 +58,7 @@ PATIENCE = 60
 LIMIT = 600  # seconds after which a launch is ended from here
 #: A variable that tells the processes of a launch from others.
 MARK = 'PVT_MM_CHECK_DISTRIBUTED'
-#: Apart from one another, in parts of the largest gradient, the two ways may come out.
+#: How far apart the gradients of the two ways may be, over the largest one.
 TOLERANCE = 2e-5
 BATCH, SIDE = 2, 256  # an image large enough for the kernels of attention
 
@@ -146,14 +146,14 @@ def fail(out: Path, fault: str) -> None:
 
 
 def gradients(model: nn.Module, images: Tensor) -> list[Tensor]:
-    """Gradients of a mean over samples of each sample's own loss."""
+    """Return the gradients of a mean over samples of each sample's own loss."""
     outs = model(images)
     sum(out.sin().flatten(1).mean(1) for out in outs).mean().backward()
     return [parameter.grad for parameter in model.parameters()]
 
 
 def images(count: int) -> Tensor:
-    """Images that depend on nothing but their number."""
+    """Draw images that depend on nothing but their number."""
     return torch.randn(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
 
 
@@ -164,7 +164,7 @@ def build(backbone: dict[str, Any]) -> nn.Module:
 
 
 def rank_gradients(backbones: list[dict[str, Any]], out: str) -> None:
-    """Compute the gradients in one of the launched processes, on its part of the images."""
+    """Compute the gradients in one of the launched processes, on its share of the images."""
     cfg = Config(dict(launcher='pytorch'))
     runtime.setup(cfg)
     own = images(2 * BATCH)[get_rank() * BATCH :][:BATCH]
@@ -296,7 +296,7 @@ def check_fault(config: Path, schedule: str, data: Path, folder: Path, fault: st
 
 
 def left_behind(folder: Path) -> list[int]:
-    """The processes of a launch that are still there."""
+    """Return the processes of a launch that are still there."""
     mark, found = f'{MARK}={folder}\0'.encode(), []
     for path in Path('/proc').glob('[0-9]*/environ'):
         try:

@@ -50,7 +50,7 @@ class Precision(NamedTuple):
 
     @property
     def is_bf16(self) -> bool:
-        """Whether products run in bf16."""
+        """Whether matmuls run in bf16."""
         return self.autocast or self.weights == torch.bfloat16 or self.compute_dtype is not None
 
 
@@ -118,14 +118,14 @@ def grids(case: Case) -> list[tuple[int, int]]:
 
 
 def settings(case: Case) -> dict[str, Any]:
-    """The architecture of a case."""
+    """Return the architecture of a case."""
     if isinstance(case.arch, str):
         return BACKBONES[case.backbone].ARCHS[case.arch]
     return dict(case.arch)
 
 
 def expected(case: Case) -> str:
-    """The outcome that the documentation gives."""
+    """Return the outcome that the documentation gives."""
     precision = PRECISIONS[case.precision]
     weights, image = precision.weights, precision.image
     if case.channels != 3:
@@ -159,7 +159,7 @@ def build(
 
 
 def backbone_of(case: Case) -> Any:
-    """The backbone in the case's precision and mode, gradients cleared."""
+    """Return the backbone in the case's precision and mode, gradients cleared."""
     dtype, _, _, compute_dtype = PRECISIONS[case.precision]
     model = build(case.backbone, case.arch, case.out_indices, case.sr_mode, compute_dtype)
     if dtype != torch.float32:
@@ -169,7 +169,7 @@ def backbone_of(case: Case) -> Any:
 
 
 def draw_image(case: Case) -> Tensor:
-    """The images of a case, in its dtype and memory layout."""
+    """Draw the images of a case, in its dtype and memory layout."""
     generator = torch.Generator().manual_seed(case.seed)
     shape = (case.batch, case.channels, case.height, case.width)
     if case.values == 'pixels':
@@ -236,7 +236,7 @@ def fault_of(case: Case, model: Any, image: Tensor) -> str:
 
 
 def has_gradients(case: Case) -> bool:
-    """Whether the gradients of a case are to be finite.
+    """Tell whether the gradients of a case are to be finite.
 
     With fresh weights, whose biases are 0, an all-zero image stays zero from norm to norm in v2,
     and each norm multiplies the gradient by up to 1 / sqrt(eps) = 1000: more than fp32 can hold, in
@@ -304,12 +304,12 @@ def draw_cases(count: int, seed: int) -> list[Case]:
 
 
 def draw_side(rng: random.Random) -> int:
-    """A side in pixels: about the smallest that works, or anything up to 288."""
+    """Draw a side in pixels: about the smallest that works, or anything up to 288."""
     return rng.randint(1, 40) if rng.random() < 0.15 else round(2 ** rng.uniform(5, 8.17))
 
 
 def text_table(counts: Counter[tuple[str, str, str]]) -> str:
-    """Lines of architecture, precision and how many cases had each outcome."""
+    """Return lines of architecture, precision and how many cases had each outcome."""
     rows = sorted({key[:2] for key in counts})
     lines = [('arch', 'precision', *OUTCOMES)]
     lines += [(*row, *(str(counts[(*row, outcome)]) for outcome in OUTCOMES)) for row in rows]

@@ -48,14 +48,14 @@ class Series:
     sizes: list[float] = field(default_factory=list)
 
     def rise(self) -> float:
-        """How far a straight line rises from the end of the warm-up to the last sample."""
+        """Return how far a straight line rises from the end of the warm-up to the last sample."""
         counts, sizes = np.array(self.counts), np.array(self.sizes)
         late = counts >= counts[-1] * WARM_UP
         slope = np.polyfit(counts[late], sizes[late], 1)[0]
         return float(slope * (counts[-1] - counts[late][0]))
 
     def cells(self) -> tuple[str, ...]:
-        """The row of the table."""
+        """Return the row of the table."""
         marks = [self.counts[-1] * (i + 1) / PRINTED for i in range(PRINTED)]
         printed = [self.sizes[int(np.searchsorted(self.counts, mark))] for mark in marks]
         return (self.name, *(f'{size:.0f}' for size in printed), f'{self.rise():+.1f}')
@@ -90,10 +90,10 @@ class MemoryHook(Hook):
 
 
 def resident() -> float:
-    """Resident megabytes of this process and of the workers that it has started.
+    """Return the resident megabytes of this process and of the workers that it has started.
 
-    Pages that several share count once, in shares (PSS): a forked worker has its parent's pages,
-    and each that it touches would seem to be new.
+    A page that several processes share counts once, in shares (PSS): a forked worker has its
+    parent's pages, and each that it touches would seem to be new.
     """
     processes = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
     rollups = [Path(f'/proc/{pid}/smaps_rollup').read_text() for pid in processes]
@@ -140,7 +140,7 @@ def soak(iterations: int) -> list[Series]:
 
 
 def text_table(rows: list[Series]) -> str:
-    """Lines of what was run, the memory on the way and how far the line rises."""
+    """Return lines of what was run, the memory on the way and how far the line rises."""
     marks = (f'{i + 1}/{PRINTED}' for i in range(PRINTED))
     lines = [('MB resident after', *marks, 'rise'), *(row.cells() for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines)]

@@ -521,7 +521,7 @@ def find_configs(patterns: list[str]) -> list[str]:
 
 
 def census(results: Results, names: list[str], workers: int) -> None:
-    """Do what is not done yet of some configs, and keep it."""
+    """Do what is not done yet of some configs, and save it."""
     with ProcessPoolExecutor(workers, initializer=start_worker) as pool:
         todo = [name for name in names if name not in results.rows]
         found = pool.map(census_config, todo, chunksize=8)
@@ -638,7 +638,7 @@ def parse_args() -> argparse.Namespace:
         help='where results are kept (default: %(default)s)',
     )
     parser.add_argument('--workers', type=int, default=2, help='processes (default: 2)')
-    parser.add_argument('--force', action='store_true', help='do everything anew')
+    parser.add_argument('--force', action='store_true', help='do everything again')
     parser.add_argument('--markdown', type=Path, metavar='FILE', help='write the page')
     return parser.parse_args()
 

@@ -63,8 +63,8 @@ def test_multiply_adds_are_the_published():
 
 
 @pytest.mark.parametrize('size', [(224, 224), (256, 448)])
-def test_every_product_is_counted(size):
-    """The count is exactly that of linear layers, convolutions and both attention products."""
+def test_every_matmul_is_counted(size):
+    """The count is exactly that of linear layers, convolutions and both matmuls of the attention."""
     arch = backbone_class('small').ARCHS['small']
     expected, tokens, before = 0, size[0] * size[1], 3
     for stage, (dim, depth) in enumerate(zip(arch['dims'], arch['depths'])):
@@ -183,7 +183,7 @@ def test_a_process_that_does_not_start(monkeypatch):
 
 
 def test_memory_is_the_peak_over_the_model():
-    """A gradient keeps more than a forward pass does, and what was there before is not counted."""
+    """Training saves more than a forward pass does, and what was there before is not counted."""
     case = figures.Case('b0', '128x128')
     forward = benchmark.peak_mib(peers.OURS, case, 'cpu')
     train = benchmark.peak_mib(peers.OURS, case._replace(mode='train'), 'cpu')

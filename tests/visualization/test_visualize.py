@@ -73,7 +73,7 @@ def test_attention_reproduces_its_block(variant, height, width):
 
 @pytest.mark.parametrize('variant', ['v1', 'v2', 'v2_li'])
 def test_attention_reproduces_the_kernels(variant):
-    """The same where the backbone attends in pieces, on a size that no ratio divides."""
+    """The same where the backbone attends in chunks, on a size that no ratio divides."""
     check_attention(variant, 234, 398)
 
 

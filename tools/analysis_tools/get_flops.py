@@ -1,7 +1,7 @@
 """Parameters and multiply-adds of backbones over input sizes: PVT beside ResNet, Swin and ViT.
 
-Every product is counted, those of the attention included; norms, activations and softmax are not,
-as in the papers, whose "FLOPs" are multiply-adds. Nothing is computed: the models run on PyTorch's
+Every matmul is counted, those of the attention included; norms, activations and softmax are not, as
+in the papers, whose "FLOPs" are multiply-adds. Nothing is computed: the models run on PyTorch's
 meta device, so that large images cost nothing.
 
 Example:
@@ -65,7 +65,7 @@ def build(name: str) -> nn.Module:
 
 
 def plot(path: str, count: Callable[[str, Size], int]) -> None:
-    """Draw the cost over the size of a square image, in all and for each million pixels."""
+    """Draw the cost over the size of a square image, in total and per megapixel."""
     import matplotlib
 
     matplotlib.use('Agg')
@@ -80,7 +80,7 @@ def plot(path: str, count: Callable[[str, Size], int]) -> None:
         total.plot(sides, billions, label=label, **style)
         relative.plot(sides, [b / (s * s / 1e6) for b, s in zip(billions, sides)], **style)
     total.set(yscale='log', ylabel='billion multiply-adds')
-    relative.set(yscale='log', ylabel='billion multiply-adds a megapixel')
+    relative.set(yscale='log', ylabel='billion multiply-adds per megapixel')
     for axes in (total, relative):
         axes.set_xticks(sides)
         axes.set_xlabel('side of a square image in pixels')

@@ -124,15 +124,15 @@ def measure(case: Case, peers: Sequence[str], args: argparse.Namespace) -> list[
 
 
 def flop_rate(case: Case, seconds: float) -> float:
-    """Return a forward pass's rate over all its products, in FLOP/s."""
-    products = multiply_adds(build_on_meta(case.arch), parse_size(case.size)) * case.batch
-    return 2 * products / seconds
+    """Return a forward pass's rate over all its matmuls, in FLOP/s."""
+    count = multiply_adds(build_on_meta(case.arch), parse_size(case.size)) * case.batch
+    return 2 * count / seconds
 
 
 def peak_mib(side: str, case: Case, device: str) -> float:
     """Return the peak over the loaded model in MiB, the median of processes that did nothing else.
 
-    What an allocator cannot use again differs by a tenth from process to process.
+    What an allocator cannot reuse differs by a tenth from process to process.
     """
     peaks = []
     for _ in range(MEMORY_RUNS):
@@ -237,7 +237,7 @@ def main() -> None:
 
 
 def measure_all(cases: Work, args: argparse.Namespace) -> list[Row]:
-    """Measure case by case, and print and keep each one's rows at once."""
+    """Measure case by case, and print and save each one's rows at once."""
     if not args.anyway:
         machine.check_idle()
     print(machine.describe(args.device), flush=True)

@@ -136,7 +136,7 @@ def check_equal(models: dict[str, nn.Module], image: torch.Tensor) -> None:
 
 
 def measure(path: str, work: str, args: argparse.Namespace) -> list[str]:
-    """Time the steps of both sides in turn; returns a row of the table."""
+    """Time the steps of both sides in turn and return a row of the table."""
     cfg = load(path)
     size = args.size or SIZES[task_of(cfg)]
     models = {side: build(cfg, side) for side in SIDES}

@@ -81,7 +81,7 @@ def synchronize(device: str) -> None:
 
 
 def seconds(work: Callable[[], Any], device: str) -> float:
-    """Return how long a piece of work takes."""
+    """Return how long a call takes."""
     synchronize(device)
     start = time.perf_counter()
     work()
@@ -90,10 +90,10 @@ def seconds(work: Callable[[], Any], device: str) -> float:
 
 
 def gemm_rate(device: str) -> float:
-    """Return the best fp32 rate of large products on this machine, in FLOP/s.
+    """Return the best fp32 rate of large GEMMs on this machine, in FLOP/s.
 
-    Each product is computed as a linear layer and as a 1x1 convolution, which different libraries
-    serve. The best is of the shapes: a shape's own rate is the median of some runs.
+    Each GEMM is computed as a linear layer and as a 1x1 convolution, which run in different
+    libraries. The best is taken over the shapes; a shape's own rate is the median of some runs.
     """
     rates = []
     for tokens, width in itertools.product((2048, 4096), (256, 512, 1024)):
@@ -111,12 +111,12 @@ def gemm_rate(device: str) -> float:
 
 
 def can_measure_memory(device: str) -> bool:
-    """Whether :func:`peak_mib` works here."""
+    """Tell whether :func:`peak_mib` works here."""
     return device != 'cpu' or sys.platform == 'linux'
 
 
 def peak_mib(work: Callable[[], Any], device: str) -> float:
-    """Return the peak of memory during a piece of work over what was in use before, in MiB."""
+    """Return the peak of memory during a call, over what was in use before, in MiB."""
     gc.collect()
     if device != 'cpu':
         torch.cuda.reset_peak_memory_stats()
@@ -124,7 +124,7 @@ def peak_mib(work: Callable[[], Any], device: str) -> float:
         work()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     ctypes.CDLL(None).malloc_trim(0)  # give back what was freed
-    Path('/proc/self/clear_refs').write_text('5')  # the peak starts anew
+    Path('/proc/self/clear_refs').write_text('5')  # reset the peak
     before = _status('VmRSS')
     work()
     return (_status('VmHWM') - before) / 2**20

@@ -26,12 +26,12 @@ PEERS = (*list(PACKAGES)[1:], *(f'{name}{COMPILED}' for name in PACKAGES))
 
 
 def is_installed(side: str) -> bool:
-    """Whether the package of a peer is there."""
+    """Tell whether the package of a peer is there."""
     return importlib.util.find_spec(PACKAGES[side.removesuffix(COMPILED)]) is not None
 
 
 def has_arch(side: str, arch: str) -> bool:
-    """Whether a peer has an arch that takes images of any size."""
+    """Tell whether a peer has an arch that takes images of any size."""
     name = side.removesuffix(COMPILED)
     if name == 'mmdet':
         return arch != 'b2_li'

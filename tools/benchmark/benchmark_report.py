@@ -15,7 +15,7 @@ from pvt_mm.errors import UserError
 
 
 class Case(NamedTuple):
-    """One piece of work: a batch forward, or forward and backward."""
+    """One workload: a batch forward, or forward and backward."""
 
     arch: str
     size: str
@@ -177,7 +177,7 @@ def print_rows(rows: Sequence[Row]) -> None:
 
 
 def disturbed(row: Row) -> bool:
-    """Whether other processes were busy while a row was timed."""
+    """Tell whether other processes were busy while a row was timed."""
     return (row.other_cores or 0.0) > BUSY
 
 
@@ -215,7 +215,7 @@ def read_csv(path: Path) -> list[Row]:
 
 
 def plot(path: Path, rows: Sequence[Row]) -> None:
-    """Draw time and memory over the image size: a column an arch, a line a side."""
+    """Draw time and memory over the image size: a column per arch, a line per side."""
     import matplotlib
 
     matplotlib.use('Agg')

@@ -55,7 +55,7 @@ class Subject:
         return self.prepare(self.shape)
 
     def prepare(self, shape: tuple[int, int, int, int]) -> Callable[[], tuple[Tensor, ...]]:
-        """Build the model and images; returns what runs the one on the other."""
+        """Build the model and images, and return what runs the one on the other."""
         model = self.build().to(self.device).train(self.mode == 'train')
         generator = torch.Generator().manual_seed(1)
         image = torch.randn(shape, generator=generator).to(self.device)
@@ -86,7 +86,7 @@ class Subject:
         """Return the peak of two runs over the loaded model; ask this of a new process.
 
         Another model runs first, so that libraries which load on first use are not counted; what a
-        model keeps for itself, such as weights in another layout, is.
+        model saves for itself, such as weights in another layout, is.
         """
         self.prepare((*self.shape[:2], 64, 64))()
         work = self.work

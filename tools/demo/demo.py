@@ -13,14 +13,17 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import demo_report as report
+import numpy as np
 import torch
 from make_demo_data import make_demo_data
 
-from pvt_mm.apis.inference import Predictor
+from pvt_mm.apis.inference import Predictor, read_pixels
 from pvt_mm.cli import main_errors
 from pvt_mm.config import load_config
 from pvt_mm.engine.runtime import setup
@@ -47,7 +50,7 @@ class Task:
     metric: str
     key: str
     target: float
-    quick: list = field(default_factory=list)
+    quick: list[str] = field(default_factory=list)
 
 
 TASKS = {
@@ -81,11 +84,8 @@ TASKS = {
 }
 
 
-def run_tool(name, *args):
-    """Runs one of the tools with its output in sight.
-
-    Returns:
-        The seconds it took.
+def run_tool(name: str, *args: Any) -> float:
+    """Run one of the tools with its output in sight, and return the seconds that it took.
 
     Raises:
         UserError: Where it fails.
@@ -100,13 +100,13 @@ def run_tool(name, *args):
     return time.monotonic() - start
 
 
-def announce(text):
-    """Prints a step's headline between the tools' own output."""
+def announce(text: str) -> None:
+    """Print a step's headline between the tools' own output."""
     print(f'\n=== {text}', flush=True)
 
 
-def newest(folder, pattern):
-    """Returns the newest file of a pattern, which sorts by its time stamp.
+def newest(folder: Path, pattern: str) -> Path:
+    """Return the newest file of a pattern, which sorts by its time stamp.
 
     Raises:
         UserError: Where there is none.
@@ -117,8 +117,8 @@ def newest(folder, pattern):
     return files[-1]
 
 
-def read_score(folder, key):
-    """Returns a score from what the last test run in a folder wrote.
+def read_score(folder: Path, key: str) -> float:
+    """Return a score from what the last test run in a folder wrote.
 
     It is not a number where the model found nothing at all: COCO's evaluation writes none then.
     """
@@ -126,12 +126,8 @@ def read_score(folder, key):
     return float(scores.get(key, 'nan'))
 
 
-def train_and_test(name, work_dir, quick):
-    """Trains a task and tests the saved checkpoint.
-
-    Returns:
-        The outcome and the checkpoint.
-    """
+def train_and_test(name: str, work_dir: Path, quick: bool) -> tuple[report.Outcome, Path]:
+    """Train a task and test the saved checkpoint; return the outcome and the checkpoint."""
     task = TASKS[name]
     config = f'configs/{task.config}'
     options = ['--cfg-options', *task.quick] if quick else []
@@ -148,21 +144,16 @@ def train_and_test(name, work_dir, quick):
 
 
 @torch.inference_mode()
-def stage_features(predictor, image):
-    """Returns the backbone's features of an image file, as arrays of (C, H, W)."""
-    data = predictor.pipeline(dict(img_path=str(image), img_id=0))
-    inputs = predictor.model.data_preprocessor({key: [value] for key, value in data.items()})[
-        'inputs'
-    ]
+def stage_features(predictor: Predictor, image: Path) -> list[np.ndarray]:
+    """Return the backbone's features of an image file, as arrays of (C, H, W)."""
+    inputs = predictor.model.data_preprocessor(predictor.load(image))['inputs']
     return [feature[0].float().cpu().numpy() for feature in predictor.model.backbone(inputs)]
 
 
-def draw(name, outcome, checkpoint, work_dir, out):
-    """Draws a task's pictures.
-
-    Returns:
-        Its section of the page: title, text and pictures with headings.
-    """
+def draw(
+    name: str, outcome: report.Outcome, checkpoint: Path, work_dir: Path, out: Path
+) -> report.Section:
+    """Draw a task's pictures and return its section of the page."""
     task = TASKS[name]
     curves, predictions, features = (
         out / f'{name}_{kind}.png' for kind in ('curves', 'predictions', 'features')
@@ -179,7 +170,7 @@ def draw(name, outcome, checkpoint, work_dir, out):
         annotations = DATA / 'coco/annotations/instances_val2017.json'
         report.plot_detections(predictions, predictor, images, annotations, name == 'ins')
     image = sorted(images.glob('*.jpg'))[0]
-    report.plot_features(features, report.read_image(image), stage_features(predictor, image))
+    report.plot_features(features, read_pixels(image), stage_features(predictor, image))
     minutes = report.format_seconds(outcome.train_seconds)
     score = report.format_score(outcome.score)
     text = f'{task.model}: {task.metric} {score} after {minutes} minutes of training.'
@@ -194,12 +185,8 @@ def draw(name, outcome, checkpoint, work_dir, out):
     return task.title, text, pictures
 
 
-def draw_data(out):
-    """Draws training images.
-
-    Returns:
-        The data set's section of the page.
-    """
+def draw_data(out: Path) -> report.Section:
+    """Draw training images and return the data set's section of the page."""
     path = out / 'data.png'
     meta = load_config(str(ROOT / 'configs' / TASKS['det'].config)).metainfo
     report.plot_data(
@@ -212,13 +199,12 @@ def draw_data(out):
     return 'The data', text, [('Training images with their annotations', path)]
 
 
-def exit_code(outcomes, quick):
-    """Returns 1 where a score falls short of its target and the run was one to compare."""
+def exit_code(outcomes: Sequence[report.Outcome], quick: bool) -> int:
+    """Return 1 where a score falls short of its target and the run was one to compare."""
     return 0 if quick or all(outcome.reached for outcome in outcomes) else 1
 
 
-def parse_args():
-    """Parses the command line."""
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -241,8 +227,7 @@ def parse_args():
 
 
 @main_errors
-def main():
-    """Runs the demo."""
+def main() -> None:
     args = parse_args()
     setup()
     out = args.work_dir.resolve()

@@ -4,8 +4,10 @@ import base64
 import html
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import cv2
 import matplotlib
@@ -13,14 +15,18 @@ import numpy as np
 from matplotlib.patches import Rectangle
 from pycocotools import mask as mask_utils
 
+from pvt_mm.apis.inference import Predictor, read_pixels
+from pvt_mm.cli import text_table
+from pvt_mm.visualization.logs import INK, STYLE, Curve, plot_curve
 from pvt_mm.visualization.pictures import principal_colours
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
 
-from pvt_mm.visualization.logs import INK, STYLE, plot_curve
-
 TARGET = '#d64545'
+
+#: A part of the page: its title, its text, and pictures (PNG files) with their headings.
+Section = tuple[str, str, list[tuple[str, Path]]]
 
 
 @dataclass
@@ -37,7 +43,7 @@ class Outcome:
     test_seconds: float
 
     @property
-    def reached(self):
+    def reached(self) -> bool:
         """Whether the score is no lower than its target."""
         return not math.isnan(self.score) and self.score >= self.target
 
@@ -47,20 +53,26 @@ class Thing:
     """An object in a picture: found or annotated."""
 
     label: int
-    box: tuple
+    box: tuple[float, ...]
     mask: np.ndarray | None = None
     score: float | None = None
 
 
-def verdict(outcome, quick):
-    """Returns what the table says about a score."""
+class DrawGroup(Protocol):
+    """Fill the axes of one group of :func:`plot_grid`."""
+
+    def __call__(self, index: int, axes: Sequence[Any], heading: bool) -> None: ...
+
+
+def verdict(outcome: Outcome, quick: bool) -> str:
+    """Return what the table says about a score."""
     if quick:
         return 'quick run, not compared'
     return 'reached' if outcome.reached else 'MISSED'
 
 
-def format_table(outcomes, quick):
-    """Returns the scores against the targets as lines of text."""
+def format_table(outcomes: Sequence[Outcome], quick: bool) -> str:
+    """Return the scores against the targets as lines of text."""
     rows = [('task', 'model', 'metric', 'score', 'target', 'training', 'test', '')]
     for outcome in outcomes:
         rows.append(
@@ -75,26 +87,23 @@ def format_table(outcomes, quick):
                 verdict(outcome, quick),
             )
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        '  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
-    ]
+    lines = text_table(rows).split('\n')
     return '\n'.join([lines[0], '-' * len(max(lines, key=len)), *lines[1:]])
 
 
-def format_score(score):
-    """Returns a score with three digits, or a dash for none."""
+def format_score(score: float) -> str:
+    """Return a score with three digits, or a dash for none."""
     return '-' if math.isnan(score) else f'{score:.3f}'
 
 
-def format_seconds(seconds):
-    """Returns a duration as m:ss."""
+def format_seconds(seconds: float) -> str:
+    """Return a duration as m:ss."""
     minutes, rest = divmod(round(seconds), 60)
     return f'{minutes}:{rest:02d}'
 
 
-def plot_curves(out, losses, scores, outcome):
-    """Draws loss and score over the training iterations, with the target and the final test."""
+def plot_curves(out: Path, losses: Curve, scores: Curve, outcome: Outcome) -> None:
+    """Draw loss and score over the training iterations, with the target and the final test."""
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.1), layout='constrained')
         plot_curve(left, losses)
@@ -122,20 +131,12 @@ def plot_curves(out, losses, scores, outcome):
         plt.close(figure)
 
 
-def read_image(path):
-    """Reads an image file as RGB."""
-    image = cv2.imread(str(path))
-    if image is None:
-        raise FileNotFoundError(f'{path} is missing or no image')
-    return image[:, :, ::-1]
-
-
-def read_coco(annotations):
-    """Returns the image entries of a COCO file and the things in each, by image id."""
-    content = json.loads(Path(annotations).read_text())
+def read_coco(annotations: Path) -> tuple[list[dict[str, Any]], dict[int, list[Thing]]]:
+    """Return the image entries of a COCO file and the things in each, by image id."""
+    content = json.loads(annotations.read_text())
     order = {category['id']: i for i, category in enumerate(content['categories'])}
     sizes = {image['id']: (image['height'], image['width']) for image in content['images']}
-    things = {image_id: [] for image_id in sizes}
+    things: dict[int, list[Thing]] = {image_id: [] for image_id in sizes}
     for entry in content['annotations']:
         rles = mask_utils.frPyObjects(entry['segmentation'], *sizes[entry['image_id']])
         mask = mask_utils.decode(mask_utils.merge(rles)).astype(bool)
@@ -145,8 +146,8 @@ def read_coco(annotations):
     return content['images'], things
 
 
-def found_things(sample, threshold, with_masks):
-    """Returns what a detector found, best first, as far as its score reaches the threshold."""
+def found_things(sample: Any, threshold: float, with_masks: bool) -> list[Thing]:
+    """Return what a detector found, best first, as far as its score reaches the threshold."""
     found = sample.pred_instances.cpu().numpy()
     things = []
     for i in np.argsort(-found.scores):
@@ -158,21 +159,28 @@ def found_things(sample, threshold, with_masks):
     return things
 
 
-def rgb(colour):
-    """Returns a 0..255 colour as matplotlib wants it."""
+def rgb(colour: Sequence[int]) -> tuple[float, ...]:
+    """Return a 0..255 colour as matplotlib wants it."""
     return tuple(channel / 255 for channel in colour)
 
 
-def show_picture(axes, image, title=None):
-    """Shows an image without ticks."""
+def show_picture(axes: Any, image: np.ndarray, title: str | None = None) -> None:
+    """Show an image without ticks."""
     axes.imshow(image, interpolation='bilinear')
     axes.set_axis_off()
     if title:
         axes.set_title(title, fontsize=10, color=INK)
 
 
-def show_things(axes, image, things, meta, with_masks, title=None):
-    """Shows an image with its things: box, class, score and, where asked for, the mask."""
+def show_things(
+    axes: Any,
+    image: np.ndarray,
+    things: Sequence[Thing],
+    meta: Mapping[str, Any],
+    with_masks: bool,
+    title: str | None = None,
+) -> None:
+    """Show an image with its things: box, class, score and, where asked for, the mask."""
     shown = image.astype(np.float32) / 255
     if with_masks:
         for thing in things:
@@ -200,8 +208,8 @@ def show_things(axes, image, things, meta, with_masks, title=None):
         )
 
 
-def plot_grid(out, draw, count, columns, blocks):
-    """Draws `count` groups of `columns` pictures, `blocks` groups a row; `draw` fills one group."""
+def plot_grid(out: Path, draw: DrawGroup, count: int, columns: int, blocks: int) -> None:
+    """Draw ``count`` groups of ``columns`` pictures, ``blocks`` groups per row, by ``draw``."""
     rows = math.ceil(count / blocks)
     with plt.rc_context({**STYLE, 'axes.grid': False}):
         figure, grid = plt.subplots(
@@ -220,51 +228,59 @@ def plot_grid(out, draw, count, columns, blocks):
         plt.close(figure)
 
 
-def plot_data(out, folder, annotations, meta, count=8):
-    """Draws training images with their boxes and masks."""
+def plot_data(
+    out: Path, folder: Path, annotations: Path, meta: Mapping[str, Any], count: int = 8
+) -> None:
+    """Draw training images with their boxes and masks."""
     images, things = read_coco(annotations)
 
-    def draw(index, axes, heading):
+    def draw(index: int, axes: Sequence[Any], heading: bool) -> None:
         entry = images[index]
-        image = read_image(Path(folder) / entry['file_name'])
+        image = read_pixels(folder / entry['file_name'])
         show_things(axes[0], image, things[entry['id']], meta, with_masks=True)
 
     plot_grid(out, draw, min(count, len(images)), columns=1, blocks=4)
 
 
-def plot_detections(out, predictor, folder, annotations, with_masks, count=6, threshold=0.4):
-    """Draws the objects of validation images, annotated and found."""
+def plot_detections(
+    out: Path,
+    predictor: Predictor,
+    folder: Path,
+    annotations: Path,
+    with_masks: bool,
+    count: int = 6,
+    threshold: float = 0.4,
+) -> None:
+    """Draw the objects of validation images, annotated and found."""
     images, things = read_coco(annotations)
     meta = predictor.dataset_meta
 
-    def draw(index, axes, heading):
-        path = Path(folder) / images[index]['file_name']
-        image = read_image(path)
-        truth, found = (
-            things[images[index]['id']],
-            found_things(predictor(path), threshold, with_masks),
-        )
+    def draw(index: int, axes: Sequence[Any], heading: bool) -> None:
+        path = folder / images[index]['file_name']
+        image, truth = read_pixels(path), things[images[index]['id']]
+        found = found_things(predictor(path), threshold, with_masks)
         show_things(axes[0], image, truth, meta, with_masks, 'ground truth' if heading else None)
         show_things(axes[1], image, found, meta, with_masks, 'prediction' if heading else None)
 
     plot_grid(out, draw, min(count, len(images)), columns=2, blocks=2)
 
 
-def plot_segments(out, predictor, images, labels, count=6):
-    """Draws the label maps of validation images: annotated and found."""
+def plot_segments(
+    out: Path, predictor: Predictor, images: Path, labels: Path, count: int = 6
+) -> None:
+    """Draw the label maps of validation images: annotated and found."""
     meta = predictor.dataset_meta
     palette = np.array([*meta['palette'], (0, 0, 0)], dtype=np.uint8)
-    paths = sorted(Path(images).glob('*.jpg'))[:count]
-
+    paths = sorted(images.glob('*.jpg'))[:count]
     plain = [i for i, name in enumerate(meta['classes']) if name == 'background']
 
-    def overlay(image, indices):
+    def overlay(image: np.ndarray, indices: np.ndarray) -> np.ndarray:
         tinted = np.rint(0.35 * image + 0.65 * palette[indices]).astype(np.uint8)
         return np.where(np.isin(indices, plain)[:, :, None], image, tinted)
 
-    def draw(index, axes, heading):
-        image = read_image(paths[index])
-        truth = cv2.imread(str(Path(labels) / f'{paths[index].stem}.png'), cv2.IMREAD_GRAYSCALE)
+    def draw(index: int, axes: Sequence[Any], heading: bool) -> None:
+        image = read_pixels(paths[index])
+        truth = cv2.imread(str(labels / f'{paths[index].stem}.png'), cv2.IMREAD_GRAYSCALE)
         # 0 is ignored; it is shown in black, the last colour.
         truth = np.where(truth == 0, len(palette) - 1, truth.astype(int) - 1)
         found = predictor(paths[index]).pred_sem_seg.data[0].cpu().numpy()
@@ -276,8 +292,8 @@ def plot_segments(out, predictor, images, labels, count=6):
     plot_grid(out, draw, len(paths), columns=3, blocks=2)
 
 
-def plot_features(out, image, features):
-    """Draws an image and the principal components of its stage features as colours."""
+def plot_features(out: Path, image: np.ndarray, features: Sequence[np.ndarray]) -> None:
+    """Draw an image and the principal components of its stage features as colours."""
     with plt.rc_context({**STYLE, 'axes.grid': False}):
         figure, grid = plt.subplots(
             1, len(features) + 1, figsize=(2.3 * (len(features) + 1), 2.6), layout='constrained'
@@ -315,8 +331,8 @@ td.number { font-variant-numeric: tabular-nums; }
 """
 
 
-def page_table(outcomes, quick):
-    """Returns the scores against the targets as an HTML table."""
+def page_table(outcomes: Sequence[Outcome], quick: bool) -> str:
+    """Return the scores against the targets as an HTML table."""
     head = ''.join(
         f'<th>{name}</th>'
         for name in ('Task', 'Model', 'Metric', 'Score', 'Target', 'Training', 'Test', '')
@@ -340,19 +356,21 @@ def page_table(outcomes, quick):
     return f'<div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
 
 
-def page_picture(path, alt):
-    """Returns an image as part of the page itself."""
-    data = base64.b64encode(Path(path).read_bytes()).decode('ascii')
+def page_picture(path: Path, alt: str) -> str:
+    """Return an image as an element of the page itself."""
+    data = base64.b64encode(path.read_bytes()).decode('ascii')
     return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
 
 
-def write_page(out, outcomes, sections, quick):
-    """Writes the self-contained report.
+def write_page(
+    out: Path, outcomes: Sequence[Outcome], sections: Sequence[Section], quick: bool
+) -> None:
+    """Write the self-contained report.
 
     Args:
         out: The HTML file.
         outcomes: What the table shows.
-        sections: (title, text, [(heading, PNG file)]) in the order of the page.
+        sections: In the order of the page.
         quick: Whether the run was too short to compare with the targets.
     """
     parts = []
@@ -367,9 +385,9 @@ def write_page(out, outcomes, sections, quick):
     lead = (
         'A quick run: it shows that every step works, not what the models can learn.'
         if quick
-        else 'Trained from random weights; the scores are of the saved checkpoints, tested anew.'
+        else 'Trained from random weights; the scores are of the saved checkpoints, loaded and tested.'
     )
-    Path(out).write_text(
+    out.write_text(
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<title>pvt_mm demo</title><style>{CSS}</style></head><body><main>'

@@ -18,8 +18,10 @@ import argparse
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -32,7 +34,7 @@ SPLITS = ('train', 'val')
 COCO_FOLDER = {'train': 'train2017', 'val': 'val2017'}
 ADE_FOLDER = {'train': 'training', 'val': 'validation'}
 STAMP = 'demo_data.json'
-VERSION = 1  # raise when the pictures change, so that data written before are made anew
+VERSION = 1  # raise when the pictures change, so that data written before are replaced
 
 OVERSAMPLING = 3  # pictures are drawn this much larger and averaged down
 IMAGE_SIDE = (120, 200)
@@ -40,12 +42,13 @@ DIGIT_SIDE = (60, 92)  # of the sticker's 8x8 scan, in pixels of the finished pi
 OBJECTS = (2, 4)
 TRIES = 12  # for the place of one object
 MIN_VISIBLE = 0.9  # an object of which less can be seen is not kept
-FRAGMENT = 16  # square pixels: smaller pieces of an object are ignored, not annotated
+FRAGMENT = 16  # square pixels: smaller fragments of an object are ignored, not annotated
 TRAIN_COLUMNS = 440  # of a photograph's 640; validation sees the columns from VAL_COLUMNS on
 VAL_COLUMNS = 444
-TRAIN_SHARE = (
-    0.75  # of each class's scans; the rest, by other writers for the most part, is for validation
-)
+#: Of each class's scans; the rest, by other writers for the most part, is for validation.
+TRAIN_SHARE = 0.75
+
+Size = tuple[int, int]  # (height, width)
 
 
 @dataclass
@@ -53,9 +56,9 @@ class Source:
     """What one split may draw from: scans by class, and photographs with the columns it may see."""
 
     digits: np.ndarray
-    samples: list
-    photos: dict
-    columns: tuple
+    samples: list[np.ndarray]
+    photos: dict[str, np.ndarray]
+    columns: tuple[int, int]
 
 
 @dataclass
@@ -66,19 +69,16 @@ class Sticker:
     sample: int
     ink: np.ndarray
     paper: np.ndarray
-    colours: tuple
+    colours: np.ndarray
 
 
-def load_sources():
-    """Returns the two splits' sources, which share nothing."""
+def load_sources() -> dict[str, Source]:
+    """Return the two splits' sources, which share nothing."""
     digits = load_digits()
     photos = load_sample_images()
     names = [Path(name).name for name in photos.filenames]
-    pictures = dict(
-        zip(
-            names, (np.ascontiguousarray(photo[:, :, ::-1]) for photo in photos.images), strict=True
-        )
-    )
+    bgr = [np.ascontiguousarray(photo[:, :, ::-1]) for photo in photos.images]
+    pictures = dict(zip(names, bgr, strict=True))
     width = min(picture.shape[1] for picture in pictures.values())
     train, val = [], []
     for category in range(len(CLASSES)):
@@ -93,8 +93,10 @@ def load_sources():
     }
 
 
-def draw_background(source, size, rng):
-    """Returns a crop of a photograph as a canvas of `size` (height, width), and its origin."""
+def draw_background(
+    source: Source, size: Size, rng: np.random.Generator
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Return a crop of a photograph as a canvas of this size, and its origin."""
     name = sorted(source.photos)[rng.integers(len(source.photos))]
     photo = source.photos[name]
     left, right = source.columns
@@ -116,21 +118,20 @@ def draw_background(source, size, rng):
     return canvas, {'photo': name, 'crop': [x, y, crop_w, crop_h]}
 
 
-def draw_colours(category, rng):
-    """Returns the colours (BGR) of a sticker's ink, of its class's family, and light paper."""
+def draw_colours(category: int, rng: np.random.Generator) -> np.ndarray:
+    """Return the colours (BGR) of a sticker's ink, of its class's family, and light paper."""
     ink = (
         (INK_HUES[category] + rng.integers(-7, 8)) % 180,
         rng.integers(150, 256),
         rng.integers(90, 200),
     )
     paper = (rng.integers(180), rng.integers(0, 60), rng.integers(205, 256))
-    return cv2.cvtColor(np.array([[ink, paper]], dtype=np.uint8), cv2.COLOR_HSV2BGR)[0].astype(
-        np.float32
-    )
+    hsv = np.array([[ink, paper]], dtype=np.uint8)
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)[0].astype(np.float32)
 
 
-def draw_sticker(source, size, rng):
-    """Draws a scan, enlarged, turned and sheared, on a canvas of `size` (height, width)."""
+def draw_sticker(source: Source, size: Size, rng: np.random.Generator) -> Sticker:
+    """Draw a scan, enlarged, turned and sheared, on a canvas of this size."""
     category = int(rng.integers(len(CLASSES)))
     sample = int(rng.choice(source.samples[category]))
     # Uniform in the logarithm, so that each octave of scale is met equally often.
@@ -157,20 +158,19 @@ def draw_sticker(source, size, rng):
     return Sticker(category, sample, ink, paper.astype(bool), draw_colours(category, rng))
 
 
-def find_pieces(mask):
-    """Returns a canvas mask's pieces.
+def find_fragments(mask: np.ndarray) -> tuple[list[np.ndarray], list[float], float]:
+    """Return the outlines and areas of a canvas mask's fragments, and the area of its largest hole.
 
-    Returns:
-        The outline of each piece and its area, and the area of the largest hole, in pixels of the
-        finished picture.
+    Areas are in square pixels of the finished picture.
     """
     contours, hierarchy = cv2.findContours(
         mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE
     )
-    outlines, areas, hole = [], [], 0.0
-    for contour, (_, _, _, parent) in zip(
-        contours, hierarchy[0] if len(contours) else [], strict=True
-    ):
+    outlines: list[np.ndarray] = []
+    areas: list[float] = []
+    hole = 0.0
+    nested = hierarchy[0] if len(contours) else []
+    for contour, (_, _, _, parent) in zip(contours, nested, strict=True):
         area = cv2.contourArea(contour) / OVERSAMPLING**2
         if parent < 0:
             outlines.append(contour)
@@ -180,24 +180,27 @@ def find_pieces(mask):
     return outlines, areas, hole
 
 
-def fits(stickers, visible):
-    """Whether enough of every sticker can be seen, in shapes that polygons can describe."""
+def fits(stickers: Sequence[Sticker], visible: Sequence[np.ndarray]) -> bool:
+    """Tell whether enough of every sticker can be seen, in shapes that polygons can describe."""
     for sticker, mask in zip(stickers, visible, strict=True):
         if mask.sum() < MIN_VISIBLE * sticker.paper.sum():
             return False
-        _, areas, hole = find_pieces(mask)
+        _, areas, hole = find_fragments(mask)
         if hole >= FRAGMENT or max(areas) < FRAGMENT:
             return False
     return True
 
 
-def place_stickers(source, size, rng):
-    """Puts stickers one over another and drops those that would hide too much.
+def place_stickers(
+    source: Source, size: Size, rng: np.random.Generator
+) -> tuple[list[Sticker], list[np.ndarray]]:
+    """Put stickers one over another; drop those that would hide too much.
 
     Returns:
-        The stickers, lowest first, and the part of each that can be seen.
+        The stickers, lowest first, and the mask of what can be seen of each.
     """
-    stickers, visible = [], []
+    stickers: list[Sticker] = []
+    visible: list[np.ndarray] = []
     for _ in range(rng.integers(OBJECTS[0], OBJECTS[1] + 1)):
         for _ in range(TRIES):
             new = draw_sticker(source, size, rng)
@@ -209,11 +212,11 @@ def place_stickers(source, size, rng):
     return stickers, visible
 
 
-def paint(canvas, stickers, rng):
-    """Paints the stickers with soft shadows and returns the finished picture, with noise."""
+def paint(canvas: np.ndarray, stickers: Sequence[Sticker], rng: np.random.Generator) -> np.ndarray:
+    """Paint the stickers with soft shadows and return the finished picture, with noise."""
     for sticker in stickers:
         offset = OVERSAMPLING * rng.uniform(0.5, 2.5, size=2)
-        move = np.float32([[1, 0, offset[0]], [0, 1, offset[1]]])
+        move = np.array([[1, 0, offset[0]], [0, 1, offset[1]]], dtype=np.float32)
         shadow = cv2.warpAffine(sticker.paper.astype(np.float32), move, canvas.shape[1::-1])
         shadow = cv2.GaussianBlur(shadow, (0, 0), OVERSAMPLING * 1.5)
         canvas *= 1 - 0.45 * shadow[:, :, None]
@@ -231,10 +234,10 @@ def paint(canvas, stickers, rng):
     return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
 
 
-def to_polygons(mask):
-    """Returns a visible part's polygons in the picture's coordinates, without fragments."""
+def to_polygons(mask: np.ndarray) -> list[list[float]]:
+    """Return a mask's polygons in the picture's coordinates, without small fragments."""
     polygons = []
-    outlines, areas, _ = find_pieces(mask)
+    outlines, areas, _ = find_fragments(mask)
     for outline, area in zip(outlines, areas, strict=True):
         if area >= FRAGMENT:
             corners = cv2.approxPolyDP(outline, 0.75, True)[:, 0, :]
@@ -242,8 +245,10 @@ def to_polygons(mask):
     return polygons
 
 
-def to_annotation(polygons, height, width):
-    """Returns the COCO fields of one object and its mask, both read off the polygons."""
+def to_annotation(
+    polygons: list[list[float]], height: int, width: int
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Return the COCO fields of one object and its mask, both read off the polygons."""
     points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in polygons])
     (x0, y0), (x1, y1) = points.min(0), points.max(0)
     rle = mask_utils.merge(mask_utils.frPyObjects(polygons, height, width))
@@ -256,12 +261,10 @@ def to_annotation(polygons, height, width):
     return fields, mask_utils.decode(rle).astype(bool)
 
 
-def make_picture(source, rng):
-    """Makes one picture.
-
-    Returns:
-        The picture (BGR), its label map, its objects in COCO's terms and its background's origin.
-    """
+def make_picture(
+    source: Source, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, list[dict[str, Any]], dict[str, Any]]:
+    """Make a picture (BGR), its label map, its objects in COCO's terms, its background's origin."""
     height, width = (int(side) for side in rng.integers(IMAGE_SIDE[0], IMAGE_SIDE[1] + 1, size=2))
     canvas, origin = draw_background(source, (height, width), rng)
     stickers, visible = place_stickers(source, canvas.shape[:2], rng)
@@ -278,15 +281,16 @@ def make_picture(source, rng):
     return paint(canvas, stickers, rng), labels, objects, origin
 
 
-def write_split(out, split, count, seed, source):
-    """Writes one split in both layouts."""
+def write_split(out: Path, split: str, count: int, seed: int, source: Source) -> int:
+    """Write one split in both layouts and return how many objects it has."""
     coco_images = out / 'coco' / COCO_FOLDER[split]
     ade_images = out / 'ade' / 'images' / ADE_FOLDER[split]
     ade_labels = out / 'ade' / 'annotations' / ADE_FOLDER[split]
     annotations = out / 'coco' / 'annotations'
     for folder in (coco_images, ade_images, ade_labels, annotations):
         folder.mkdir(parents=True, exist_ok=True)
-    images, objects = [], []
+    images: list[dict[str, Any]] = []
+    objects: list[dict[str, Any]] = []
     for index in range(count):
         rng = np.random.default_rng([seed, SPLITS.index(split), index])
         picture, labels, found, origin = make_picture(source, rng)
@@ -327,25 +331,24 @@ def write_split(out, split, count, seed, source):
     return len(objects)
 
 
-def write_image(path, image):
-    """Writes an image; OpenCV reports a full disc or a missing folder only by its return value."""
+def write_image(path: Path, image: np.ndarray) -> None:
+    """Write an image; OpenCV reports a full disc or a missing folder only by its return value."""
     if not cv2.imwrite(str(path), image):
         raise OSError(f'could not write {path}')
 
 
-def read_stamp(out):
-    """Returns what an earlier run noted about `out`, or None where there was none."""
+def read_stamp(out: Path) -> dict[str, Any] | None:
+    """Return what an earlier run noted about its folder, or None where there was none."""
     path = out / STAMP
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def make_demo_data(out, seed=0, train=240, val=60):
-    """Writes the data set under `out`, unless a run with the same arguments has finished.
+def make_demo_data(out: Path, seed: int = 0, train: int = 240, val: int = 60) -> bool:
+    """Write the data set, unless a run with the same arguments has finished; tell which.
 
-    Returns:
-        Whether anything was written.
+    Raises:
+        FileExistsError: Where the folder holds other files.
     """
-    out = Path(out)
     wanted = {'version': VERSION, 'seed': seed, 'train': train, 'val': val}
     stamp = read_stamp(out)
     if stamp == {**wanted, 'complete': True}:
@@ -367,20 +370,24 @@ def make_demo_data(out, seed=0, train=240, val=60):
     return True
 
 
-def positive(text):
-    """An integer from 1 on, for argparse."""
+def positive(text: str) -> int:
+    """Read an integer from 1 on, for argparse."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f'{text} is not 1 or more')
     return number
 
 
-def parse_args(argv=None):
-    """Parses the command line."""
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('--out', default='data/demo', help='folder to write (default: %(default)s)')
+    parser.add_argument(
+        '--out',
+        type=Path,
+        default=Path('data/demo'),
+        help='folder to write (default: %(default)s)',
+    )
     parser.add_argument(
         '--seed', type=int, default=0, help='seed of the pictures (default: %(default)s)'
     )
@@ -393,8 +400,8 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def main(argv=None):
-    """Makes the data set and returns the exit code."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Make the data set and return the exit code."""
     args = parse_args(argv)
     try:
         make_demo_data(args.out, args.seed, args.train, args.val)

@@ -1,4 +1,4 @@
-"""Write an mmdet or mmseg config anew, with a PVT in place of its backbone.
+"""Write a config of mmdet or mmseg again, with a PVT in place of its backbone.
 
 The written config stands alone and begins with a list of what was changed.
 
