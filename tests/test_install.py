@@ -366,7 +366,7 @@ echo "CUDA=${{CUDA_VISIBLE_DEVICES-unset}} JOBS=$MAX_JOBS $*" >> '{folder}/log'
 
 @pytest.mark.parametrize(('target', 'cuda'), [('cpu', 'unset'), ('nocompiler', '')])
 def test_mmcv_is_rebuilt_rather_than_trusted(target, cuda, tmp_path):
-    """A wheel whose ops fail is built again, on the CPU where there is no CUDA compiler; told so."""
+    """A wheel whose ops fail is built again, for the CPU where there is no CUDA compiler."""
     if missing := install({}, 'missing').stdout:
         pytest.skip(f'install.sh stops here, for want of {missing.split()}')
     python = tmp_path / 'venv' / 'bin' / 'python'

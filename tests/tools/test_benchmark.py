@@ -64,7 +64,7 @@ def test_multiply_adds_are_the_published():
 
 @pytest.mark.parametrize('size', [(224, 224), (256, 448)])
 def test_every_matmul_is_counted(size):
-    """The count is exactly that of linear layers, convolutions and both matmuls of the attention."""
+    """The count is that of linear layers, convolutions and both matmuls of the attention."""
     arch = backbone_class('small').ARCHS['small']
     expected, tokens, before = 0, size[0] * size[1], 3
     for stage, (dim, depth) in enumerate(zip(arch['dims'], arch['depths'])):

@@ -4,8 +4,7 @@ Reads data sets in COCO's format and those of mmseg, with the config's own loadi
 all cores. Exit code 1 where training would stop on something.
 
 Example:
-    python tools/analysis_tools/check_dataset.py configs/retinanet_pvt_s_fpn_1x_coco.py \
-        --data-root /data/coco
+    python tools/analysis_tools/check_dataset.py configs/fpn_pvt_s_ade20k_40k.py --data-root ade
 """
 
 import argparse

@@ -5,8 +5,7 @@ in the papers, whose "FLOPs" are multiply-adds. Nothing is computed: the models 
 meta device, so that large images cost nothing.
 
 Example:
-    python tools/analysis_tools/get_flops.py --sizes 224 800x1344 --csv complexity.csv --plot \
-        complexity.png
+    python tools/analysis_tools/get_flops.py --sizes 224 800x1344 --csv flops.csv --plot flops.png
 """
 
 import argparse

@@ -3,8 +3,7 @@
 Writes PNGs, and a page to click in: where each stage and each head looks from there.
 
 Example:
-    python tools/analysis_tools/visualize.py configs/retinanet_pvt_s_fpn_1x_coco.py epoch_12.pth \
-        street.jpg
+    python tools/analysis_tools/visualize.py configs/demo_fpn_pvt_t.py iter_600.pth street.jpg
 """
 
 import argparse

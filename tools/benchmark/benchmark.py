@@ -8,14 +8,10 @@ The machine must be idle.
 
 Examples:
     python tools/benchmark/benchmark.py --archs small b2 --sizes 224 512 800x1344 --plot cost.png
-    python tools/benchmark/benchmark.py --check --csv figures.csv               # all that is \
-        promised
-    python tools/benchmark/benchmark.py --check --csv figures.csv --mode train --archs b2    # a \
-        part of it
-    python tools/benchmark/benchmark.py --check --from-csv figures.csv          # judges, \
-        measures nothing
-    python tools/benchmark/benchmark.py --sweep --archs tiny small              # nowhere slower \
-        than mmdet
+    python tools/benchmark/benchmark.py --check --csv figures.csv         # all that is promised
+    python tools/benchmark/benchmark.py --check --mode train --archs b2   # some of it
+    python tools/benchmark/benchmark.py --check --from-csv figures.csv    # judge, measure nothing
+    python tools/benchmark/benchmark.py --sweep --archs tiny small        # nowhere slower than mmdet
 """
 
 import argparse

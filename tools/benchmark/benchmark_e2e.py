@@ -9,8 +9,7 @@ start to the end of the import, or of the first training step. Weights are rando
 fewer boxes to suppress than in practice.
 
 Example:
-    python tools/benchmark/benchmark_e2e.py --configs configs/retinanet_pvt_s_fpn_1x_coco.py \
-        --csv e2e.csv
+    python tools/benchmark/benchmark_e2e.py --configs configs/fpn_pvt_s_ade20k_40k.py --csv e2e.csv
 """
 
 import argparse

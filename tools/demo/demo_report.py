@@ -385,7 +385,7 @@ def write_page(
     lead = (
         'A quick run: it shows that every step works, not what the models can learn.'
         if quick
-        else 'Trained from random weights; the scores are of the saved checkpoints, loaded and tested.'
+        else 'Trained from random weights; the scores are those of the saved checkpoints.'
     )
     out.write_text(
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'

@@ -4,8 +4,7 @@ The batch, the height and the width of the images stay free. The file is written
 PyTorch's numbers at three sizes.
 
 Example:
-    python tools/deployment/export.py configs/fpn_pvt_s_ade20k_40k.py iter_40000.pth fpn.onnx \
-        --benchmark
+    python tools/deployment/export.py configs/fpn_pvt_s_ade20k_40k.py iter_40000.pth fpn.onnx
 """
 
 import argparse

@@ -4,10 +4,8 @@ Weights alone are written: no optimiser, no training state. A whole detector or 
 other parts and its meta data.
 
 Examples:
-    python tools/model_converters/convert_checkpoint.py pvt_small.pth pvt_small.safetensors --to \
-        huggingface
-    python tools/model_converters/convert_checkpoint.py epoch_12.pth backbone.pth --to official \
-        --backbone-only
+    python tools/model_converters/convert_checkpoint.py pvt_small.pth small.pth --to huggingface
+    python tools/model_converters/convert_checkpoint.py det.pth pvt.pth --to mmdet --backbone-only
     python tools/model_converters/convert_checkpoint.py pvt_small.pth --inspect
 """
 
