@@ -11,7 +11,7 @@ Examples:
     python tools/benchmark/benchmark.py --check --csv figures.csv         # all that is promised
     python tools/benchmark/benchmark.py --check --mode train --archs b2   # some of it
     python tools/benchmark/benchmark.py --check --from-csv figures.csv    # judge, measure nothing
-    python tools/benchmark/benchmark.py --sweep --archs tiny small        # nowhere slower than mmdet
+    python tools/benchmark/benchmark.py --sweep --archs tiny small        # nowhere slower
 """
 
 import argparse
