@@ -1,4 +1,4 @@
-"""From one checkpoint format to another, and into a backbone: pure functions on state dicts."""
+"""State dicts from one format to another, and into a backbone's own tensors: pure functions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pvt_mm.archs import PVT_ARCHS, PVT_V2_ARCHS
@@ -22,13 +23,14 @@ from pvt_mm.checkpoint.key_maps import (
     match,
 )
 from pvt_mm.errors import CheckpointMismatchError
-from pvt_mm.models import ops
+
+BACKBONE = 'backbone.'
 
 
 def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Return the state dict inside a checkpoint, without its wrappers' names.
 
-    Looks into ``state_dict_ema``, ``state_dict`` and ``model``, and strips ``module.`` from keys.
+    It is looked for in ``state_dict_ema``, ``state_dict`` and ``model``; keys lose ``module.``.
     """
     for name in ('state_dict_ema', 'state_dict', 'model'):
         if isinstance(checkpoint.get(name), Mapping):
@@ -36,14 +38,21 @@ def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return {key.removeprefix('module.'): value for key, value in checkpoint.items()}
 
 
-def to_atoms(state_dict: Mapping[str, Tensor], fmt: Format) -> dict[Atom, Tensor]:
-    """Take a state dict of one format apart; keys that the format does not know are left out.
+def split_backbone(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split a whole model's tensors into those under ``backbone.``, without it, and the rest."""
+    rest = {key: value for key, value in tensors.items() if not key.startswith(BACKBONE)}
+    own = {key.removeprefix(BACKBONE): tensors[key] for key in tensors if key not in rest}
+    return own, rest
 
-    Position embeddings come out as (1, H*W, C), or (1, H, W, C) where the format stores the grid,
-    with the class token's slot apart as ``cls_position``.
+
+def to_atoms(state_dict: Mapping[str, Tensor], fmt: Format) -> dict[Atom, Tensor]:
+    """Split a state dict of one format into atoms; keys that the format does not know are left out.
+
+    A position embedding becomes (1, H*W, C), or (1, H, W, C) where the format stores the grid. The
+    slot of the class token becomes an atom of its own, ``cls_position``.
 
     Raises:
-        CheckpointMismatchError: Where a tensor has not as many dimensions as its layer's.
+        CheckpointMismatchError: Where a tensor has another number of dimensions than its layer's.
     """
     atoms: dict[Atom, Tensor] = {}
     for key, tensor in state_dict.items():
@@ -76,7 +85,7 @@ def _ranks(atom: Atom) -> Sequence[int]:
 
 
 def _split_class_position(atoms: dict[Atom, Tensor]) -> None:
-    """Split the class token's slot, the first, off a flat position embedding of H*W + 1 tokens."""
+    """Split the class token's slot, which is the first, off a position embedding of H*W + 1."""
     last = _last_position(atoms)
     atom = Atom('pos_embed', last)
     position = atoms.get(atom)
@@ -99,7 +108,7 @@ def _is_square(number: int) -> bool:
 
 
 def _position_grid(position: Tensor, like: Sequence[int] | None) -> Tensor:
-    """Give a position embedding its grid: that of ``like``'s aspect where it fits, else a square.
+    """Reshape a position embedding to a grid: of ``like``'s aspect ratio if it fits, or a square.
 
     Shape:
         position: (1, N, C) or (1, H, W, C) -> (1, H, W, C).
@@ -120,17 +129,28 @@ def _position_grid(position: Tensor, like: Sequence[int] | None) -> Tensor:
     return position.unflatten(1, (side, side))
 
 
+def resize_grid(grid: Tensor, height: int, width: int) -> Tensor:
+    """Resize a grid of vectors bilinearly, as the reference does with position embeddings.
+
+    Shape:
+        grid: (1, h, w, C) -> (1, height, width, C).
+    """
+    image = grid.permute(0, 3, 1, 2)  # (1, C, h, w)
+    image = F.interpolate(image, size=(height, width), mode='bilinear', align_corners=False)
+    return image.permute(0, 2, 3, 1)  # (1, height, width, C)
+
+
 def backbone_tensors(
     atoms: Mapping[Atom, Tensor], target: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Join atoms into a backbone's own tensors; position embeddings are resized to the target's.
+    """Join atoms to a backbone's own tensors; position embeddings are resized to the target's.
 
     Args:
         atoms: As ``to_atoms`` gives them.
         target: The backbone's state dict; only names and shapes are read.
 
     Returns:
-        The tensors by pvt_mm name; of those in ``target`` that the atoms hold whole.
+        Those tensors of ``target``, by name, whose atoms are all there.
     """
     tensors = {}
     for key, own in target.items():
@@ -142,7 +162,7 @@ def backbone_tensors(
         if key.endswith('pos_embed'):
             tensor = _position_grid(tensor, own.shape[1:3])
             if tensor.shape != own.shape and tensor.shape[-1] == own.shape[-1]:
-                tensor = ops.resize_grid(tensor, *own.shape[1:3])
+                tensor = resize_grid(tensor, *own.shape[1:3])
         tensors[key] = tensor
     return tensors
 
@@ -199,22 +219,22 @@ def convert_checkpoint(
     """Convert published weights from whatever format they are in.
 
     Args:
-        state_dict: Weights in any of the formats, or a checkpoint that wraps them. Where a whole
-            detector's or segmentor's, its ``backbone.`` is converted and the rest kept.
+        state_dict: Weights in any of the formats, or a checkpoint that wraps them. Of a whole
+            detector or segmentor, what is under ``backbone.`` is converted and the rest kept.
         to: ``'pvt_mm'``, ``'official'``, ``'timm'``, ``'huggingface'`` or ``'mmdet'``.
         arch: Such as ``'small'`` or ``'b2'``: refuse weights of another one.
 
     Returns:
-        The same tensors under the other format's names. mmdet has no classifier, so it leaves out
-        head, final norm and class token.
+        The same tensors under the other format's names. mmdet has no classifier: head, final norm
+        and class token are left out.
 
     Raises:
         CheckpointMismatchError: Where the format is not recognised, or the arch is not ``arch``.
         ValueError: Where ``to`` cannot express the weights.
     """
     tensors = unwrap(state_dict)
-    whole = {k.removeprefix('backbone.'): v for k, v in tensors.items() if k[:9] == 'backbone.'}
-    source = whole or tensors
+    backbone, rest = split_backbone(tensors)
+    source = backbone or tensors
     fmt = detect_format(list(source))
     if fmt is None:
         raise CheckpointMismatchError('These weights hold no PVT backbone in any known format.')
@@ -223,10 +243,9 @@ def convert_checkpoint(
     if arch is not None and (found is None or found.name != arch):
         raise CheckpointMismatchError(f'These weights are of {found}, not of {arch!r}.')
     converted = from_atoms(atoms, _target_format(to, found))
-    if not whole:
+    if not backbone:
         return converted
-    rest = {key: value for key, value in tensors.items() if key[:9] != 'backbone.'}
-    return {f'backbone.{key}': value for key, value in converted.items()} | rest
+    return {f'{BACKBONE}{key}': value for key, value in converted.items()} | rest
 
 
 def bare_backbone(state_dict: Mapping[str, Any], arch: str | None = None) -> dict[str, Tensor]:
@@ -256,7 +275,7 @@ def _target_format(name: str, arch: Arch | None) -> Format:
 
 
 class Arch(NamedTuple):
-    """An architecture, as far as weights tell it."""
+    """An architecture, as far as its weights show it."""
 
     version: str
     dims: tuple[int, ...]
@@ -283,21 +302,21 @@ _PUBLISHED = {
 
 
 def recognise_arch(atoms: Mapping[Atom, Any]) -> Arch | None:
-    """Tell the architecture from depths and widths; None where no patch embedding is there.
+    """Recognise an architecture by depths and widths; None where there is no patch embedding.
 
     Args:
         atoms: Tensors, or anything with a ``shape``, by atom.
     """
-    dims = {a.stage: t.shape[0] for a, t in atoms.items() if a.part == 'patch_embed.norm'}
+    norms = {atom.stage: norm for atom, norm in atoms.items() if atom.part == 'patch_embed.norm'}
+    dims = {stage: norm.shape[0] for stage, norm in norms.items()}
     if not dims:
         return None
-    blocks = {(a.stage, a.block) for a in atoms if a.block >= 0}
+    blocks = {(atom.stage, atom.block) for atom in atoms if atom.block >= 0}
     depths = Counter(stage for stage, _ in blocks)
-    v2 = any(a.part == 'blocks.mlp.dwconv' for a in atoms)
-    linear = any(
-        a.part == 'blocks.attn.sr' and a.stage == 0 and t.ndim == 4 and t.shape[-1] == 1
-        for a, t in atoms.items()
-    )
+    v2 = any(atom.part == 'blocks.mlp.dwconv' for atom in atoms)
+    # Linear attention reduces by pooling: its sr is a convolution of 1x1.
+    reductions = [t for atom, t in atoms.items() if atom.part == 'blocks.attn.sr' and not atom.stage]
+    linear = any(weight.ndim == 4 and weight.shape[-1] == 1 for weight in reductions)
     order = sorted(dims)
     return Arch(
         'PVTv2' if v2 else 'PVT',
@@ -308,9 +327,9 @@ def recognise_arch(atoms: Mapping[Atom, Any]) -> Arch | None:
 
 
 def head_tensors(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return a classifier's ``weight`` and ``bias`` out of published weights in any format.
+    """Return a classifier's ``weight`` and ``bias`` from published weights in any format.
 
-    Empty where they hold none, or are of a format that is not known.
+    The result is empty where there is no classifier, or the format is unknown.
     """
     tensors = unwrap(checkpoint)
     fmt = detect_format(list(tensors))

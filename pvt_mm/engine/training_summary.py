@@ -1,11 +1,10 @@
-"""What a training is about to do, told before its first iteration, with what looks wrong."""
+"""A summary of a training before its first iteration, with warnings about known traps."""
 
 from __future__ import annotations
 
 import locale
 import sys
-import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,17 +12,21 @@ import torch
 from mmengine.dist import get_world_size, is_main_process
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapperDict
+from rich import box
+from rich.console import Group
+from rich.panel import Panel
+from rich.rule import Rule
+from rich.table import Table
 from torch import nn
 
 from pvt_mm.checkpoint.convert import recognise_arch, to_atoms
 from pvt_mm.checkpoint.key_maps import PVT_MM
-from pvt_mm.engine.checkpoint_hook import _inner
-from pvt_mm.models.fast import kernels
-from pvt_mm.models.pyramid import PyramidBackbone
+from pvt_mm.engine.model_parts import find_backbones, unwrap_model
+from pvt_mm.models import PyramidBackbone
+from pvt_mm.models.fast import cpu
+from pvt_mm.tables import as_text
 
 WIDTH = 100
-#: Corners, horizontal, vertical and the ends of the inner line.
-LINES, ASCII = '┌┐└┘─│├┤', '++++-|++'
 
 
 class Data(NamedTuple):
@@ -37,27 +40,27 @@ class Data(NamedTuple):
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a training right before its first iteration.
+    """What is known about a training right before its first iteration.
 
     Args:
         config: The config's path.
         model: Type, architecture and size.
-        weights: A line for each source of weights; empty where all numbers are random.
+        weights: A line for each source of weights; empty where all are random.
         per_device: Images in a batch of one device.
         devices: Number of processes.
-        accumulation: Iterations to an update of the weights.
-        base_batch: The batch that the config's learning rate is for; 0 where it does not say.
+        accumulation: Iterations per update of the weights.
+        base_batch: The batch that the config's learning rate is for; 0 if it does not say.
         scaled: Whether mmengine scales the learning rate.
         optimizer: Its type.
         lr: The learning rate that schedules multiply.
-        weight_decay: Of the optimizer; None where it has none.
-        precision: What numbers are computed in.
+        weight_decay: Of the optimizer; None if it has none.
+        precision: What the model computes in.
         device: What it runs on.
         data: The data sets.
         work_dir: Folder of logs and checkpoints.
-        transformer: Whether the model holds one.
-        batch_norms: BatchNorm layers that take statistics of each device's batch.
-        slow_bf16: Whether a backbone computes in bf16 on a CPU that cannot multiply it.
+        transformer: Whether the model has one.
+        batch_norms: BatchNorm layers that normalise by each device's own batch.
+        slow_bf16: Whether a backbone computes in bf16 on a CPU without instructions for it.
     """
 
     config: str
@@ -81,25 +84,24 @@ class Facts:
 
     @property
     def scaled_batch(self) -> int:
-        """The batch that mmengine scales for, which leaves accumulation out."""
+        """The batch that mmengine scales the learning rate for; it ignores accumulation."""
         return self.per_device * self.devices
 
     @property
     def batch(self) -> int:
-        """Images to an update of the weights."""
+        """Images per update of the weights."""
         return self.scaled_batch * self.accumulation
 
 
-# What is told
+# What is written
 
 
 def warnings_of(facts: Facts) -> list[str]:
-    """Return a sentence, with the way out, for each known trap that a training is in."""
+    """Return a sentence for each known trap that a training is in, with what to do."""
     found = []
     if not facts.weights:
         found.append(
-            'no weights are loaded, all numbers are random: --load-from FILE, or init_cfg in the '
-            'backbone.'
+            'no weights are loaded, all are random: --load-from FILE, or init_cfg in the backbone.'
         )
     if facts.optimizer == 'SGD' and facts.transformer:
         found.append(
@@ -118,8 +120,8 @@ def warnings_of(facts: Facts) -> list[str]:
         )
     if facts.scaled and facts.accumulation > 1:
         found.append(
-            f'--auto-scale-lr leaves accumulation out: without it, set optim_wrapper.optimizer.lr='
-            f'{facts.lr * facts.accumulation:.3g}.'
+            '--auto-scale-lr leaves accumulation out: train without it and set '
+            f'optim_wrapper.optimizer.lr={facts.lr * facts.accumulation:.3g}.'
         )
     if facts.per_device == 1 and facts.batch_norms:
         found.append(
@@ -128,43 +130,36 @@ def warnings_of(facts: Facts) -> list[str]:
         )
     if facts.slow_bf16:
         found.append(
-            'this CPU has no instructions for bf16, which only costs time then: leave out --amp '
-            'and compute_dtype.'
+            'this CPU has no instructions for bf16, so that it is slower than fp32: leave out '
+            '--amp and compute_dtype.'
         )
     return found
 
 
-def preflight_lines(facts: Facts, width: int = WIDTH, lines: str = LINES) -> list[str]:
+def summary_lines(facts: Facts, width: int = WIDTH, ascii_only: bool = False) -> list[str]:
     """Return a box with the facts of a training, and below them the warnings.
 
     Args:
         facts: Of the training.
         width: Of the box, at most.
-        lines: Characters to draw with: ``LINES`` or ``ASCII``.
+        ascii_only: Draw the box with ASCII characters.
     """
-    top_left, top_right, left, right, across, down, tee, end_tee = tuple(lines)
-    title = 'training'
-    inside = width - 4
-    label = 12
-    body: list[str] = []
-    for name, text in _rows(facts):
-        room = inside - label
-        for part in textwrap.wrap(_fit(text, room), room, break_on_hyphens=False) or ['']:
-            body.append(f'{name:<{label}}{part}')
-            name = ''
-    warned: list[str] = []
-    for text in warnings_of(facts):
-        wrapped = textwrap.wrap(f'WARNING  {text}', inside, subsequent_indent=' ' * 9)
-        warned += wrapped
-    used = max(map(len, [*body, *warned, title]))
+    rows = _columns(_rows(facts), label_width=12)
+    warned = [('WARNING', text) for text in warnings_of(facts)]
+    rule = Rule(characters='-' if ascii_only else '─')
+    parts = [rows, rule, _columns(warned, label_width=9)] if warned else [rows]
+    style = box.ASCII if ascii_only else box.SQUARE
+    panel = Panel(Group(*parts), style, title='training', title_align='left', expand=False)
+    return as_text(panel, width).splitlines()
 
-    def framed(rows: list[str]) -> list[str]:
-        return [f'{down} {row:<{used}} {down}' for row in rows]
 
-    head = f'{top_left}{across} {title} {across * (used - len(title) - 1)}{top_right}'
-    divider = [f'{tee}{across * (used + 2)}{end_tee}'] if warned else []
-    foot = f'{left}{across * (used + 2)}{right}'
-    return [head, *framed(body), *divider, *framed(warned), foot]
+def _columns(rows: Iterable[tuple[str, str]], label_width: int) -> Table:
+    table = Table.grid()
+    table.add_column(width=label_width)
+    table.add_column(overflow='fold')
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def _rows(facts: Facts) -> Iterator[tuple[str, str]]:
@@ -173,7 +168,7 @@ def _rows(facts: Facts) -> Iterator[tuple[str, str]]:
     yield from zip(['weights'] + [''] * len(facts.weights), facts.weights or ['none'])
     yield (
         'batch',
-        f'{facts.batch} images to an update: {facts.per_device} a device x {facts.devices} '
+        f'{facts.batch} images per update: {facts.per_device} per device x {facts.devices} '
         f'device(s) x {facts.accumulation} iteration(s)',
     )
     yield 'lr', _rate(facts)
@@ -198,36 +193,23 @@ def _rate(facts: Facts) -> str:
     return f'{facts.lr:g}, for a batch of {facts.base_batch}; not scaled (--auto-scale-lr does)'
 
 
-def _fit(text: str, width: int) -> str:
-    """Shorten the long words of a text, which are paths, in their middle."""
-    return ' '.join(shorten(word, width) for word in text.split(' '))
-
-
-def shorten(path: str, width: int) -> str:
-    """Leave out the middle of a path that is longer than a width."""
-    if len(path) <= width:
-        return path
-    end = (width - 3) * 2 // 3  # the file's name tells more than the root
-    return f'{path[: width - 3 - end]}...{path[-end:]}'
-
-
-def drawing_characters() -> str:
-    """Return the characters of boxes that both the terminal and a log file take."""
+def can_draw_lines() -> bool:
+    """Tell whether both the terminal and a log file take the characters of boxes."""
     for encoding in (sys.stdout.encoding, locale.getpreferredencoding(False)):
         try:
-            LINES.encode(encoding or 'ascii')
+            '─'.encode(encoding or 'ascii')
         except (UnicodeEncodeError, LookupError):
-            return ASCII
-    return LINES
+            return False
+    return True
 
 
-# Where it comes from
+# Where the facts come from
 
 
-class PreflightHook(Hook):
-    """Log the box of a training when its weights are loaded and before its first iteration.
+class TrainingSummaryHook(Hook):
+    """Log the summary of a training after its weights are loaded, before its first iteration.
 
-    What is loaded is told by the tensors that were written, not by what the config asks for.
+    It counts the tensors that were really written, whatever the config asks for.
     """
 
     priority = 'VERY_LOW'
@@ -237,7 +219,7 @@ class PreflightHook(Hook):
         self._before_load: dict[str, int] = {}
 
     def before_run(self, runner: Any) -> None:
-        """Note the state of all tensors before weights are drawn."""
+        """Note the state of all tensors before the weights are initialised."""
         self._built = _versions(runner.model)
         self._before_load = {}
 
@@ -246,18 +228,18 @@ class PreflightHook(Hook):
         self._before_load = _versions(runner.model)
 
     def before_train(self, runner: Any) -> None:
-        """Log the box, in the main process alone."""
+        """Log the summary in the main process."""
         if is_main_process():
             facts = facts_of(runner, self._weights(runner))
-            box = preflight_lines(facts, lines=drawing_characters())
-            runner.logger.info('\n'.join(['', *box]))
+            lines = summary_lines(facts, ascii_only=not can_draw_lines())
+            runner.logger.info('\n'.join(['', *lines]))
 
     def _weights(self, runner: Any) -> list[str]:
-        """Say of each source of weights how many tensors it gave."""
+        """Say how many tensors each source of weights gave."""
         now = _versions(runner.model)
-        backbones = _backbones(runner.model)
+        backbones, files = find_backbones(runner.model), _init_files(runner.model)
         found = []
-        for name, source in _pretrained(runner.model):
+        for name, source in files.items():
             if name in backbones:
                 continue
             own = {key for key in now if key.startswith(f'{name}.' if name else '')}
@@ -268,37 +250,35 @@ class PreflightHook(Hook):
                 written = sum(after[key] != self._built.get(key) for key in own)
                 given = f'{written} of {len(own)} tensors of {given}'
             found.append(given)
-        sources = dict(_pretrained(runner.model))
         for name, backbone in backbones.items():
             if backbone.loaded:
-                source = sources.get(name, '')
-                inside = not self._before_load and source
-                found.append(_backbone_line(backbone, source if inside else ''))
+                source = '' if self._before_load else files.get(name, '')
+                found.append(_backbone_line(backbone, source))
         if self._before_load:
             rest = {key for key in now if not key.startswith(tuple(f'{b}.' for b in backbones))}
             written = sum(now[key] != self._before_load[key] for key in rest)
-            way = 'resumed' if runner._resume else 'load_from'
             place = 'the rest of the model' if backbones else 'the model'
             found.append(f'{place}: loaded {written} of {len(rest)} tensors')
-            found.append(f'{way}: {runner._load_from or "the newest checkpoint of the work dir"}')
+            how = 'resumed' if runner._resume else 'load_from'
+            found.append(f'{how}: {runner._load_from or "the newest checkpoint of the work dir"}')
         return found
 
 
 def _backbone_line(backbone: PyramidBackbone, source: str) -> str:
-    """Shorten what a load of a backbone said, and add where the weights are from."""
+    """Shorten the message of a backbone's load, and add where the weights are from."""
     text = backbone.loaded.rstrip('.').split('; dropped')[0]
     return f'{text}: {source}' if source else text
 
 
 def facts_of(runner: Any, weights: list[str]) -> Facts:
-    """Collect the facts of a Runner that is about to train.
+    """Collect the facts from a Runner that is about to train.
 
     Args:
-        runner: With its model, optimizer and loops built.
+        runner: Its model, optimizer and loops are built.
         weights: A line for each source of weights.
     """
-    cfg, model = runner.cfg, _inner(runner.model)
-    model.train()  # as the loop does next; norm_eval and frozen stages show then
+    cfg, model = runner.cfg, unwrap_model(runner.model)
+    model.train()  # as the loop does next: norm_eval and frozen stages take effect
     wrapper = runner.optim_wrapper
     if isinstance(wrapper, OptimWrapperDict):
         wrapper = next(iter(wrapper.values()))
@@ -325,34 +305,31 @@ def facts_of(runner: Any, weights: list[str]) -> Facts:
         work_dir=str(runner.work_dir),
         transformer=any(map(_is_transformer, model.modules())),
         batch_norms=sum(_sees_its_batch(module) for module in model.modules()),
-        slow_bf16=any(map(_has_slow_bf16, _backbones(model).values())),
+        slow_bf16=any(map(_has_slow_bf16, find_backbones(model).values())),
     )
 
 
 def _versions(model: Any) -> dict[str, int]:
-    """Return a number for each tensor that counts how often it was written."""
-    tensors = _inner(model).state_dict(keep_vars=True).items()
-    return {k: t._version for k, t in tensors if not k.endswith('num_batches_tracked')}
+    """Return for each tensor how often it was written."""
+    tensors = unwrap_model(model).state_dict(keep_vars=True).items()
+    return {
+        key: tensor._version for key, tensor in tensors if not key.endswith('num_batches_tracked')
+    }
 
 
-def _backbones(model: Any) -> dict[str, PyramidBackbone]:
-    named = _inner(model).named_modules()
-    return {name: module for name, module in named if isinstance(module, PyramidBackbone)}
-
-
-def _pretrained(model: Any) -> list[tuple[str, str]]:
-    """Return the places and files of the modules that start from a checkpoint."""
-    found = []
-    for name, module in _inner(model).named_modules():
+def _init_files(model: Any) -> dict[str, str]:
+    """Return the checkpoint that a module is initialised from, by the module's name."""
+    found = {}
+    for name, module in unwrap_model(model).named_modules():
         init_cfg = getattr(module, 'init_cfg', None)
         if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained':
-            found.append((name, str(init_cfg['checkpoint'])))
+            found[name] = str(init_cfg['checkpoint'])
     return found
 
 
 def _model(model: nn.Module) -> str:
     parts = [type(model).__name__]
-    for backbone in _backbones(model).values():
+    for backbone in find_backbones(model).values():
         arch = recognise_arch(to_atoms(backbone.state_dict(), PVT_MM))
         name = arch and arch.name
         parts.append(f'{type(backbone).__name__} {name or "of no published arch"}')
@@ -370,7 +347,7 @@ def _precision(wrapper: Any, model: nn.Module) -> str:
     if hasattr(wrapper, 'loss_scaler'):
         dtype = str(getattr(wrapper, 'cast_dtype', None) or torch.float16).removeprefix('torch.')
         return f'mixed: {dtype}, weights in float32'
-    for backbone in _backbones(model).values():
+    for backbone in find_backbones(model).values():
         if backbone.compute_dtype:
             return f'{backbone.compute_dtype} in the backbone, float32 elsewhere'
     return 'float32'
@@ -378,7 +355,7 @@ def _precision(wrapper: Any, model: nn.Module) -> str:
 
 def _has_slow_bf16(backbone: PyramidBackbone) -> bool:
     on_cpu = next(backbone.parameters()).device.type == 'cpu'
-    return on_cpu and backbone.compute_dtype == 'bfloat16' and kernels.BF16_IS_SLOW
+    return on_cpu and backbone.compute_dtype == 'bfloat16' and cpu.traits().bf16_is_slow
 
 
 def _device(model: nn.Module) -> str:

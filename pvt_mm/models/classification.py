@@ -47,7 +47,7 @@ class ClassTokenStage(Stage):
         self.final_norm = nn.LayerNorm(self.dim, eps=BLOCK_NORM_EPS)
 
     def init_position(self) -> None:
-        """Draw the class token and its position as the other positions."""
+        """Initialise the class token and its position as the other positions."""
         super().init_position()
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.cls_position, std=0.02)
@@ -62,8 +62,7 @@ class ClassTokenStage(Stage):
         """
         tokens = super().add_position(x).flatten(1, 2)  # (B, H*W, dim)
         first = (self.cls_token + self.cls_position).expand(x.shape[0], -1, -1)
-        first = F.dropout(first, self.drop_rate, self.training)
-        return torch.cat([first, tokens], 1).unsqueeze(1)
+        return torch.cat([self.pos_drop(first), tokens], 1).unsqueeze(1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the blocks and read the class token out."""
@@ -105,16 +104,16 @@ class PVTHead(BaseModule):
         self.label_smoothing = label_smoothing
         self.weight = nn.Parameter(torch.empty(num_classes, in_channels))
         self.bias = nn.Parameter(torch.empty(num_classes))
-        self._draw_parameters()
+        self._init_parameters()
 
-    def _draw_parameters(self) -> None:
+    def _init_parameters(self) -> None:
         nn.init.trunc_normal_(self.weight, std=0.02)
         nn.init.zeros_(self.bias)
 
     def init_weights(self) -> None:
-        """Draw the parameters as the reference does, then let ``init_cfg`` have its way."""
+        """Initialise as the reference does, then apply ``init_cfg``."""
         if not self.is_init:
-            self._draw_parameters()
+            self._init_parameters()
         super().init_weights()
 
     def load_published(self, checkpoint: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The parts of a PVT stage, from the bottom up: drop path, patches, attention, MLP, block.
+"""The layers of a PVT stage, from the bottom up: patch embedding, attention, MLP, block.
 
 Names of parameters are those of the reference implementation's checkpoints, leaf by leaf.
 """
@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pvt_mm.models import ops
+from pvt_mm.models import fast
+from pvt_mm.models.context import is_exporting
 
 #: Block norms and v2's stage norm; PatchEmbed's and attention's norm keep PyTorch's 1e-5. The
 #: reference mixes the two, and its weights were trained so.
@@ -22,10 +24,10 @@ LINEAR_GRID = 7
 
 
 def init_parameters(module: nn.Module) -> None:
-    """Draw one layer's parameters as the reference does; for use with ``nn.Module.apply``.
+    """Initialise one layer as the reference does; for use with ``nn.Module.apply``.
 
-    Linear: truncated normal of std 0.02, bias 0. LayerNorm: 1 and 0. The convolutions of a
-    ``PatchEmbed``, attention or MLP decide for themselves through ``fan_out_init``.
+    Linear: truncated normal of std 0.02, bias 0. LayerNorm: 1 and 0. Convolutions: PyTorch's own
+    (v1), or normal by the fan-out (v2, ``FanOutConv2d``).
     """
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
@@ -41,12 +43,14 @@ def init_parameters(module: nn.Module) -> None:
         module.reset_parameters()
 
 
+@fast.stock
 class FanOutConv2d(nn.Conv2d):
-    """A convolution of v2: drawn normally by its fan-out within a group. See init_parameters."""
+    """A convolution of v2, initialised by its fan-out within a group. See ``init_parameters``."""
 
     bias: nn.Parameter
 
 
+@fast.stock
 class DropPath(nn.Module):
     """Drop a residual branch for some samples of the batch while training.
 
@@ -105,22 +109,25 @@ class PatchEmbed(nn.Module):
         self.stride = stride
         self.overlap = overlap
         kernel = 2 * stride - 1 if overlap else stride
-        self.padding = kernel // 2 if overlap else 0
         conv = FanOutConv2d if overlap else nn.Conv2d
-        self.proj = conv(in_channels, dim, kernel, stride, self.padding)
+        self.proj = conv(in_channels, dim, kernel, stride, kernel // 2 if overlap else 0)
         self.norm = nn.LayerNorm(dim)
 
     def grid_side(self, side: int) -> int:
-        """Tokens along an input side of so many pixels."""
+        """Return the number of tokens along an input side of so many pixels."""
         return -(-side // self.stride) if self.overlap else side // self.stride
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed the patches."""
-        x = ops.convolution(x, self.proj.weight, self.proj.bias, self.stride, self.padding)
+        if fast.applies(self, x):
+            return fast.patch_embed(self, x)
+        x = self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # (B, H', W', dim)
         # The residual stream that begins here stays in fp32 under autocast.
-        return self.norm(x.to(self.norm.weight.dtype))  # (B, H', W', dim)
+        dtype = next((p.dtype for p in self.norm.parameters() if p.is_floating_point()), x.dtype)
+        return self.norm(x.to(dtype))
 
 
+@fast.stock
 class SpatialReductionAttention(nn.Module):
     """Multi-head attention whose keys and values come from a coarser grid than the queries.
 
@@ -130,13 +137,13 @@ class SpatialReductionAttention(nn.Module):
     Args:
         dim: Width of a token.
         num_heads: Attention heads; ``dim`` is a multiple of it.
-        sr_ratio: Keys and values shrink by this factor a side; 1 disables.
+        sr_ratio: Keys and values shrink by this factor per side; 1 disables.
         sr_mode: How they shrink: ``'conv'`` by a strided convolution, ``'avg'`` or ``'max'`` by
             pooling each sr_ratio x sr_ratio cell and a linear projection, ``'linear'`` by average
             pooling to 7 x 7 whatever the size, and at every ratio.
         attn_drop_rate: Dropout rate of the attention weights.
         drop_rate: Dropout rate of the output.
-        fan_out_init: Draw the convolution by its fan-out (v2).
+        fan_out_init: Initialise the convolution by its fan-out (v2).
 
     Shape:
         x: (B, H, W, dim) -> (B, H, W, dim); keys and values: (B, (H//sr_ratio)*(W//sr_ratio), dim),
@@ -157,82 +164,110 @@ class SpatialReductionAttention(nn.Module):
         self.num_heads = num_heads
         self.sr_ratio = sr_ratio
         self.sr_mode = sr_mode
-        self.attn_drop_rate = attn_drop_rate
-        self.drop_rate = drop_rate
         self.q = nn.Linear(dim, dim)
         self.kv = nn.Linear(dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
-        self.reduces = sr_ratio > 1 or sr_mode == 'linear'
-        if not self.reduces:
-            return
-        conv = FanOutConv2d if fan_out_init else nn.Conv2d
-        if sr_mode == 'conv':
-            self.sr: Any = conv(dim, dim, sr_ratio, sr_ratio)
-        elif sr_mode == 'linear':
-            self.sr = conv(dim, dim, 1)
+        if sr_ratio > 1 or sr_mode == 'linear':
+            conv = FanOutConv2d if fan_out_init else nn.Conv2d
+            if sr_mode == 'conv':
+                self.sr: Any = conv(dim, dim, sr_ratio, sr_ratio)
+            elif sr_mode == 'linear':
+                self.sr = conv(dim, dim, 1)
+            else:
+                self.sr = nn.Linear(dim, dim)
+            self.norm: Any = nn.LayerNorm(dim)
         else:
-            self.sr = nn.Linear(dim, dim)
-        self.norm = nn.LayerNorm(dim)
+            self.sr = self.norm = None
+        self._add_functions(attn_drop_rate, drop_rate)
+
+    def _add_functions(self, attn_drop_rate: float, drop_rate: float) -> None:
+        """Add the modules without parameters."""
+        pools = {
+            'avg': nn.AvgPool2d(self.sr_ratio),
+            'max': nn.MaxPool2d(self.sr_ratio),
+            'linear': nn.AdaptiveAvgPool2d(LINEAR_GRID),
+        }
+        self.pool = None if self.sr is None else pools.get(self.sr_mode)
+        self.act = nn.GELU() if self.sr_mode == 'linear' else nn.Identity()
+        self.attn_drop = nn.Dropout(attn_drop_rate)
+        self.proj_drop = nn.Dropout(drop_rate)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a whole-model pickle of 0.1.0 too, which has dropout rates in place of modules."""
+        super().__setstate__(state)
+        if 'drop_rate' in state:
+            if not self.__dict__.pop('reduces'):
+                self.sr = self.norm = None
+            rates = (self.__dict__.pop(name) for name in ('attn_drop_rate', 'drop_rate'))
+            self._add_functions(*rates)
+            self.train(self.training)
 
     @property
     def min_side(self) -> int:
         """Smallest side of the token grid that leaves at least one key."""
         return 1 if self.sr_mode == 'linear' else self.sr_ratio
 
-    def reduce(self, x: Tensor, norm: ops.Norm | None = None) -> Tensor:
+    def reduce(self, x: Tensor) -> Tensor:
         """Shrink the grid that keys and values come from.
-
-        Args:
-            x: Tokens.
-            norm: What comes before a strided convolution, if tokens are not normalised yet.
 
         Shape:
             x: (B, H, W, dim) -> (B, H//sr_ratio, W//sr_ratio, dim) or (B, 7, 7, dim).
         """
-        if not self.reduces:
+        if self.sr is None:
             return x
-        if self.sr_mode != 'conv':
-            image = x.permute(0, 3, 1, 2)  # (B, dim, H, W), channels-last
-            x = self._pool(image).permute(0, 2, 3, 1)  # (B, H', W', dim)
+        image = x.permute(0, 3, 1, 2)  # (B, dim, H, W), channels-last
+        if self.sr_mode == 'linear' and is_exporting():
+            image = _pool_by_matmul(image, LINEAR_GRID)
+        elif self.pool is not None:
+            image = self.pool(image)
         if self.sr_mode in ('avg', 'max'):
-            x = ops.linear(x, self.sr.weight, self.sr.bias)
+            x = self.sr(image.permute(0, 2, 3, 1))  # (B, H', W', dim)
         else:
-            stride = self.sr_ratio if self.sr_mode == 'conv' else 1
-            x = ops.convolution(x, self.sr.weight, self.sr.bias, stride, norm=norm)
-        x = self.norm(x)
-        return F.gelu(x) if self.sr_mode == 'linear' else x
+            x = self.sr(image).permute(0, 2, 3, 1)  # (B, H', W', dim)
+        return self.act(self.norm(x))
 
-    def _pool(self, image: Tensor) -> Tensor:
-        if self.sr_mode == 'linear':
-            return ops.pool_to_grid(image, LINEAR_GRID)
-        pool = F.avg_pool2d if self.sr_mode == 'avg' else F.max_pool2d
-        return pool(image, self.sr_ratio)
-
-    def forward(self, x: Tensor, norm: ops.Norm) -> Tensor:
-        """Normalise, and attend from every token to the coarser grid."""
-        _, height, width, _ = x.shape
-        later: ops.Norm | None = norm  # norms piece by piece, where x is used
-        if not (self.reduces and self.sr_mode == 'conv' and ops.normalises_in_pieces(x)):
-            x, later = norm(x), None
-        reduced = self.reduce(x, later)
-        keys_values = ops.linear(reduced, self.kv.weight, self.kv.bias).flatten(1, 2)
-        key, value = keys_values.chunk(2, dim=-1)  # (B, M, dim) each
-        out = ops.projected_attention(
-            x.flatten(1, 2),
-            (self.q.weight, self.q.bias),
-            key,
-            value,
-            (self.proj.weight, self.proj.bias),
-            self.num_heads,
-            self.attn_drop_rate if self.training else 0.0,
-            later,
-        )  # (B, H*W, dim)
-        out = F.dropout(out, self.drop_rate, self.training)
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend from every token to the coarser grid."""
+        height, width = x.shape[1:3]
+        query = self.q(x.flatten(1, 2))  # (B, N, dim)
+        key, value = self.kv(self.reduce(x).flatten(1, 2)).chunk(2, dim=-1)  # (B, M, dim) each
+        # A list: PyTorch 2.1 cannot compile a generator.
+        q, k, v = [
+            t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (query, key, value)
+        ]
+        drop_rate = self.attn_drop.p if self.attn_drop.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=drop_rate)  # (B, heads, N, d)
+        out = self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))  # (B, N, dim)
         return out.unflatten(1, (height, width))
 
 
+def _pool_by_matmul(image: Tensor, side: int) -> Tensor:
+    """Average an image over a grid of ``side`` x ``side`` cells by two matmuls.
+
+    ONNX has no adaptive pooling for sizes that are known only when the model runs.
+
+    Shape:
+        image: (B, C, H, W) -> (B, C, side, side).
+    """
+    rows = _cell_weights(image, 2, side)  # (side, H)
+    columns = _cell_weights(image, 3, side)  # (side, W)
+    return rows @ (image @ columns.t())
+
+
+def _cell_weights(image: Tensor, dim: int, side: int) -> Tensor:
+    """Return the weight of each position along a dimension in each of ``side`` cells."""
+    length = image.shape[dim]
+    cell = torch.arange(side, device=image.device)[:, None]
+    start = cell * length // side
+    end = ((cell + 1) * length + side - 1) // side
+    position = torch.arange(length, device=image.device)
+    inside = ((position >= start) & (position < end)).to(image.dtype)
+    return inside / (end - start).to(image.dtype)
+
+
+@fast.stock
 class Mlp(nn.Module):
-    """The feed-forward half of a block; in v2 with a depth-wise 3x3 convolution inside.
+    """The MLP of a block; in v2 with a depth-wise 3x3 convolution inside.
 
     Paper: [PVTv2](https://arxiv.org/abs/2106.13797), Sec. 3.3.
 
@@ -256,25 +291,30 @@ class Mlp(nn.Module):
         drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        self.relu = relu
-        self.drop_rate = drop_rate
         self.fc1 = nn.Linear(dim, hidden)
         self.dwconv = FanOutConv2d(hidden, hidden, 3, 1, 1, groups=hidden) if dwconv else None
         self.fc2 = nn.Linear(hidden, dim)
+        self._add_functions(relu, drop_rate)
 
-    def forward(self, x: Tensor, norm: ops.Norm, drop_path: DropPath) -> Tensor:
-        """Add the perceptron's result for every normalised token to ``x``, perhaps in place."""
-        dwconv = None if self.dwconv is None else (self.dwconv.weight, self.dwconv.bias)
-        return ops.add_mlp(
-            x,
-            norm,
-            (self.fc1.weight, self.fc1.bias),
-            (self.fc2.weight, self.fc2.bias),
-            dwconv,
-            self.relu,
-            self.drop_rate if self.training else 0.0,
-            drop_path if drop_path.drops else None,
-        )
+    def _add_functions(self, relu: bool, drop_rate: float) -> None:
+        """Add the modules without parameters."""
+        self.relu = nn.ReLU() if relu else nn.Identity()
+        self.act = nn.GELU()
+        self.drop = nn.Dropout(drop_rate)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a whole-model pickle of 0.1.0 too, which has settings in place of modules."""
+        super().__setstate__(state)
+        if 'drop_rate' in state:
+            self._add_functions(self.__dict__.pop('relu'), self.__dict__.pop('drop_rate'))
+            self.train(self.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run both layers on every token."""
+        x = self.relu(self.fc1(x))  # (B, H, W, hidden)
+        if self.dwconv is not None:
+            x = self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # (B, H, W, hidden)
+        return self.drop(self.fc2(self.drop(self.act(x))))
 
 
 class Block(nn.Module):
@@ -283,7 +323,7 @@ class Block(nn.Module):
     Args:
         dim: Width of a token.
         attn: The attention.
-        mlp: The perceptron.
+        mlp: The MLP.
         drop_path_rate: Chance that a sample skips a branch while training.
 
     Shape:
@@ -306,5 +346,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Run both branches."""
-        x = ops.add_to(self.drop_path(self.attn(x, self.norm1)), x)
-        return self.mlp(x, self.norm2, self.drop_path)
+        if fast.applies(self, x, fast.is_known_block):
+            return fast.block(self, x)
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))

@@ -25,7 +25,7 @@ class PVT(PyramidBackbone):
 
     Args:
         arch: ``'tiny'``, ``'small'``, ``'medium'``, ``'large'``, or a dict with ``dims``,
-            ``depths``, ``num_heads``, ``mlp_ratios`` and ``sr_ratios``, four values each.
+            ``depths``, ``num_heads``, ``mlp_ratios`` and ``sr_ratios``, one value per stage.
         in_channels: Channels of the input image.
         pretrain_img_size: Side, or height and width, in pixels, of the images that the position
             embeddings are learned at. They are resized to any other input.
@@ -37,10 +37,11 @@ class PVT(PyramidBackbone):
         with_cp: Recompute blocks in the backward pass: less memory, more time, same numbers.
         sr_mode: How keys and values shrink: ``'conv'`` as published, or ``'avg'`` or ``'max'``
             pooling followed by a linear projection.
-        allow_partial: Take weights that fit in part, by whatever road; the rest keeps its values.
+        allow_partial: Take weights that fit in part, however they are loaded; the rest keeps its
+            values.
         adapt_in_channels: Take weights for another number of image channels: ``'sum'`` spreads the
             summed weights over the channels, ``'repeat'`` repeats them; None refuses.
-        compute_dtype: ``'bfloat16'`` runs this backbone's products in bf16, in training too, and
+        compute_dtype: ``'bfloat16'`` runs this backbone's matmuls in bf16, in training too, and
             returns fp32 for a neck and heads that stay in fp32.
         with_cls_token: For classification: the last stage has a class token, and returns its final
             state, normalised, in place of a map. Needs ``out_indices`` to hold 3.
@@ -109,13 +110,13 @@ class PVT(PyramidBackbone):
             stages.append(kind(patch_embed, blocks, sides, drop_rate, with_cp=with_cp))
         super().__init__(
             stages,
-            in_channels,
-            out_indices,
-            frozen_stages,
-            allow_partial,
-            adapt_in_channels,
-            compute_dtype,
-            init_cfg,
+            in_channels=in_channels,
+            out_indices=out_indices,
+            frozen_stages=frozen_stages,
+            allow_partial=allow_partial,
+            adapt_in_channels=adapt_in_channels,
+            compute_dtype=compute_dtype,
+            init_cfg=init_cfg,
         )
         self.with_cls_token = with_cls_token
 
@@ -134,7 +135,7 @@ class PVTv2(PyramidBackbone):
 
     Args:
         arch: ``'b0'`` to ``'b5'``, ``'b2_li'`` (linear attention), or a dict with ``dims``,
-            ``depths``, ``num_heads``, ``mlp_ratios`` and ``sr_ratios``, four values each, and
+            ``depths``, ``num_heads``, ``mlp_ratios`` and ``sr_ratios``, one value per stage, and
             ``linear=True`` for linear attention.
         in_channels: Channels of the input image.
         pretrain_img_size: Taken for the sake of configs shared with ``PVT``; v2 has no
@@ -146,10 +147,11 @@ class PVTv2(PyramidBackbone):
         frozen_stages: Freeze the first so many stages whole; 0 and -1 freeze none.
         with_cp: Recompute blocks in the backward pass: less memory, more time, same numbers.
         sr_mode: Only ``'conv'``; the pooled forms are ``PVT``'s.
-        allow_partial: Take weights that fit in part, by whatever road; the rest keeps its values.
+        allow_partial: Take weights that fit in part, however they are loaded; the rest keeps its
+            values.
         adapt_in_channels: Take weights for another number of image channels: ``'sum'`` spreads the
             summed weights over the channels, ``'repeat'`` repeats them; None refuses.
-        compute_dtype: ``'bfloat16'`` runs this backbone's products in bf16, in training too, and
+        compute_dtype: ``'bfloat16'`` runs this backbone's matmuls in bf16, in training too, and
             returns fp32 for a neck and heads that stay in fp32.
         init_cfg: mmengine's initialisation, such as
             ``dict(type='Pretrained', checkpoint=PATH_OR_URL)``.
@@ -215,13 +217,13 @@ class PVTv2(PyramidBackbone):
             stages.append(Stage(patch_embed, blocks, norm=norm, with_cp=with_cp))
         super().__init__(
             stages,
-            in_channels,
-            out_indices,
-            frozen_stages,
-            allow_partial,
-            adapt_in_channels,
-            compute_dtype,
-            init_cfg,
+            in_channels=in_channels,
+            out_indices=out_indices,
+            frozen_stages=frozen_stages,
+            allow_partial=allow_partial,
+            adapt_in_channels=adapt_in_channels,
+            compute_dtype=compute_dtype,
+            init_cfg=init_cfg,
         )
 
 

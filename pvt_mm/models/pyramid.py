@@ -7,15 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from pvt_mm.archs import STRIDES
+from pvt_mm.checkpoint.convert import resize_grid
 from pvt_mm.checkpoint.load import CHANNEL_MODES, load_into_backbone
-from pvt_mm.models import ops
+from pvt_mm.models.context import is_autocast, is_tracing
 from pvt_mm.models.layers import Block, PatchEmbed, init_parameters
 
 #: What the backbone alone may compute in. Not fp16: without loss scaling its gradients vanish.
@@ -65,10 +65,16 @@ class Stage(nn.Module):
             self.register_parameter('pos_embed', None)
         else:
             self.pos_embed = nn.Parameter(torch.zeros(1, *pos_grid, self.dim))
-        self.drop_rate = drop_rate
+        self.pos_drop = nn.Dropout(drop_rate)
         self.blocks: Any = nn.ModuleList(blocks)  # Any: items are typed as bare Module
         self.norm = norm
         self.with_cp = with_cp
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a whole-model pickle of 0.1.0 too, which has a dropout rate in place of a module."""
+        super().__setstate__(state)
+        if 'drop_rate' in state:
+            self.pos_drop = nn.Dropout(self.__dict__.pop('drop_rate')).train(self.training)
 
     @property
     def min_side(self) -> int:
@@ -76,7 +82,7 @@ class Stage(nn.Module):
         return max(block.attn.min_side for block in self.blocks)
 
     def init_position(self) -> None:
-        """Draw the position embedding from a truncated normal of std 0.02."""
+        """Initialise the position embedding by a truncated normal of std 0.02."""
         if self.pos_embed is not None:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
@@ -91,9 +97,9 @@ class Stage(nn.Module):
         height, width = x.shape[1:3]
         pos_embed: Tensor = self.pos_embed
         # While tracing, a comparison would pin the sizes; resizing to one's own size is no change.
-        if ops.is_tracing() or (height, width) != tuple(pos_embed.shape[1:3]):
-            pos_embed = ops.resize_grid(pos_embed, height, width)
-        return F.dropout(ops.add_to(x, pos_embed), self.drop_rate, self.training)
+        if is_tracing() or (height, width) != tuple(pos_embed.shape[1:3]):
+            pos_embed = resize_grid(pos_embed, height, width)
+        return self.pos_drop(x + pos_embed)
 
     def forward(self, x: Tensor) -> Tensor:
         """Make the tokens and run the blocks."""
@@ -136,6 +142,7 @@ class PyramidBackbone(BaseModule):
     def __init__(
         self,
         stages: Sequence[Stage],
+        *,
         in_channels: int,
         out_indices: Sequence[int],
         frozen_stages: int = -1,
@@ -170,7 +177,7 @@ class PyramidBackbone(BaseModule):
         self.out_channels = tuple(stages[i].dim for i in self.out_indices)
         self.min_size = next(side for side in itertools.count(1) if self._fits(side))
         self.loaded = ''  # what the last load of weights said
-        self._draw_parameters()
+        self._init_parameters()
         for stage in self._frozen():
             stage.requires_grad_(False)
         self.train()
@@ -185,15 +192,15 @@ class PyramidBackbone(BaseModule):
     def _frozen(self) -> Sequence[nn.Module]:
         return list(self.stages)[: max(self.frozen_stages, 0)]
 
-    def _draw_parameters(self) -> None:
+    def _init_parameters(self) -> None:
         self.apply(init_parameters)
         for stage in self.stages:
             stage.init_position()
 
     def init_weights(self) -> None:
-        """Draw all parameters as the reference does, then let ``init_cfg`` have its way."""
+        """Initialise all parameters as the reference does, then apply ``init_cfg``."""
         if not self.is_init:
-            self._draw_parameters()
+            self._init_parameters()
         super().init_weights()
 
     def train(self, mode: bool = True) -> PyramidBackbone:
@@ -272,6 +279,12 @@ class PyramidBackbone(BaseModule):
 
     def _check_image(self, x: Tensor) -> None:
         name = type(self).__name__
+        if isinstance(x, fx.Proxy):
+            raise TypeError(
+                f'torch.fx.symbolic_trace cannot follow {name}: its operations depend on the size '
+                'of the image; use torch.export.export(model, (image,)), or make_fx(model)(image) '
+                'from torch.fx.experimental.proxy_tensor.'
+            )
         if x.ndim != 4:
             raise ValueError(
                 f'{name} takes images of shape (B, {self.in_channels}, H, W), '
@@ -282,13 +295,14 @@ class PyramidBackbone(BaseModule):
                 f'{name} was built for {self.in_channels} input channels, but the image has '
                 f'{x.shape[1]}; set in_channels={x.shape[1]} or convert the image.'
             )
-        dtype = self.stages[0].patch_embed.proj.weight.dtype
-        if not x.is_floating_point() or (x.dtype != dtype and not ops.is_autocast(x.device.type)):
+        parameters = self.stages[0].patch_embed.parameters()
+        dtype = next((p.dtype for p in parameters if p.is_floating_point()), x.dtype)
+        if not x.is_floating_point() or (x.dtype != dtype and not is_autocast(x.device.type)):
             raise TypeError(
                 f'{name} has weights of {dtype}, but the image is {x.dtype}; '
                 f'convert it with .to({dtype}).'
             )
-        if not ops.is_tracing() and min(x.shape[2:]) < self.min_size:
+        if not is_tracing() and min(x.shape[2:]) < self.min_size:
             raise ValueError(
                 f'{name} needs images of at least {self.min_size} x {self.min_size} pixels, '
                 f'but got {x.shape[2]} x {x.shape[3]}: a stage would have no keys left.'

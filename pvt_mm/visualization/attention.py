@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +82,7 @@ def keyed_tokens(attn: SpatialReductionAttention, height: int, width: int) -> tu
 
     Cells of sr_ratio x sr_ratio tokens leave out what is over at the lower and the right edge.
     """
-    if attn.sr_mode == 'linear' or not attn.reduces:
+    if attn.sr_mode == 'linear' or attn.sr is None:
         return height, width
     ratio = attn.sr_ratio
     return height // ratio * ratio, width // ratio * ratio
@@ -100,18 +100,13 @@ def trace_stages(backbone: PyramidBackbone, image: Tensor) -> list[StageTrace]:
     Shape:
         image: (1, in_channels, H, W).
     """
-
-    def normed(attn: SpatialReductionAttention, args: tuple[Any, ...]) -> Tensor:
-        x, norm = args
-        return norm(x.clone()).to(attn.q.weight.dtype)  # cloned: blocks work in place
-
     inputs: list[Tensor] = []
     outputs: list[Tensor] = []
     handles = []
     for stage in backbone.stages:
         attn = stage.blocks[-1].attn
-        handles.append(attn.register_forward_pre_hook(lambda *args: inputs.append(normed(*args))))
-        handles.append(stage.register_forward_hook(lambda *args: outputs.append(args[2].clone())))
+        handles.append(attn.register_forward_pre_hook(lambda _, args: inputs.append(args[0])))
+        handles.append(stage.register_forward_hook(lambda *args: outputs.append(args[2])))
     try:
         backbone(image)
     finally:
