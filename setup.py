@@ -20,25 +20,25 @@ MIM_LINKS = {
 }
 
 
-def read_version():
+def read_version() -> str:
     """Return the version, without importing the package and with it PyTorch."""
     text = (ROOT / 'pvt_mm' / 'version.py').read_text(encoding='utf-8')
-    return re.search(r"^__version__ = '(.+)'$", text, re.MULTILINE).group(1)
+    return re.findall(r"^__version__ = '(.+)'$", text, re.MULTILINE)[0]
 
 
-def read_pins(stack):
+def read_pins(stack: str) -> list[str]:
     """Return the pinned requirements of one stack, comments left out."""
     lines = (ROOT / 'requirements' / f'{stack}.txt').read_text(encoding='utf-8').splitlines()
     return [line for line in lines if line and not line.startswith('#')]
 
 
-def read_description():
+def read_description() -> str:
     """Return README.md, where there is one."""
     readme = ROOT / 'README.md'
     return readme.read_text(encoding='utf-8') if readme.exists() else ''
 
 
-def link_mim():
+def link_mim() -> None:
     """Make the links of pvt_mm/.mim here, since archives and some checkouts lose links."""
     for name, target in MIM_LINKS.items():
         link = ROOT / 'pvt_mm' / '.mim' / name

@@ -149,7 +149,7 @@ def gradients(model: nn.Module, images: Tensor) -> list[Tensor]:
     """Return the gradients of a mean over samples of each sample's own loss."""
     outs = model(images)
     sum(out.sin().flatten(1).mean(1) for out in outs).mean().backward()
-    return [parameter.grad for parameter in model.parameters()]
+    return [grad for parameter in model.parameters() if (grad := parameter.grad) is not None]
 
 
 def images(count: int) -> Tensor:

@@ -21,6 +21,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import benchmark_machine as machine
 import numpy as np
@@ -141,7 +142,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    several = dict(nargs='+', metavar='NAME')
+    several: Any = dict(nargs='+', metavar='NAME')
     parser.add_argument('--archs', **several, help='of PVT and PVTv2 (default: small b2)')
     parser.add_argument('--sizes', **several, help='height x width (default: 224 512 800x1344)')
     parser.add_argument('--batch', type=int, nargs='+', metavar='N', help='images (default: 1)')

@@ -28,7 +28,6 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
-from torch import nn
 
 from pvt_mm import cli, convert_checkpoint
 from pvt_mm.cli import parse_size, print_table, write_csv
@@ -60,7 +59,7 @@ def load(path: str) -> Config:
     return cfg
 
 
-def build(cfg: Config, side: str) -> nn.Module:
+def build(cfg: Config, side: str) -> Any:
     """Build a config's model with one side's backbone; the weights are the same on both."""
     init_default_scope(task_of(cfg))
     torch.manual_seed(0)
@@ -99,7 +98,7 @@ def make_batch(task: str, size: str, batch: int) -> dict[str, Any]:
     return dict(inputs=list(images), data_samples=samples)
 
 
-def step(cfg: Config, model: nn.Module, data: dict[str, Any], work: str) -> Callable[[], Any]:
+def step(cfg: Config, model: Any, data: dict[str, Any], work: str) -> Callable[[], Any]:
     """Return what does a test or training step of a whole model."""
     model.train(work == 'train')
     if work == 'test':
@@ -108,7 +107,7 @@ def step(cfg: Config, model: nn.Module, data: dict[str, Any], work: str) -> Call
     return functools.partial(model.train_step, data, optim_wrapper)
 
 
-def backbone_step(model: nn.Module, image: torch.Tensor, work: str) -> Callable[[], Any]:
+def backbone_step(model: Any, image: torch.Tensor, work: str) -> Callable[[], Any]:
     """Return what does the backbone's part of a step, on an image that is ready for it."""
 
     def run() -> None:
@@ -121,7 +120,7 @@ def backbone_step(model: nn.Module, image: torch.Tensor, work: str) -> Callable[
     return run
 
 
-def check_equal(models: dict[str, nn.Module], image: torch.Tensor) -> None:
+def check_equal(models: dict[str, Any], image: torch.Tensor) -> None:
     """Compare the features that reach the heads.
 
     Raises:

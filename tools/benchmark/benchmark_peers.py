@@ -116,6 +116,8 @@ class Side:
         )
         command = [sys.executable, str(Path(__file__).with_name('benchmark_side.py'))]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self.process.stdin and self.process.stdout
+        self.requests, self.replies = self.process.stdin, self.process.stdout
         with self._alive():
             self._send(subject)
 
@@ -134,11 +136,11 @@ class Side:
         """
         with self._alive():
             self._send(request)
-            return pickle.load(self.process.stdout)
+            return pickle.load(self.replies)
 
     def _send(self, message: Any) -> None:
-        pickle.dump(message, self.process.stdin)
-        self.process.stdin.flush()
+        pickle.dump(message, self.requests)
+        self.requests.flush()
 
     @contextlib.contextmanager
     def _alive(self) -> Iterator[None]:

@@ -117,9 +117,10 @@ def sweep_targets() -> Iterator[Target]:
 def judge(target: Target, row: Row | None) -> str:
     """Say how a row stands: ``aim``, ``least``, ``SHORT`` or ``not measured``."""
     figure = getattr(row, target.figure) if row else None
-    if row is None or figure is None or (target.memory and row.memory is None):
+    memory = row.memory if row and target.memory else 0.0
+    if figure is None or memory is None:
         return 'not measured'
-    if figure < target.least or (target.memory and row.memory > target.memory):
+    if figure < target.least or memory > (target.memory or 0.0):
         return 'SHORT'
     return 'aim' if figure >= (target.aim or target.least) else 'least'
 

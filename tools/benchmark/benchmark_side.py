@@ -119,7 +119,7 @@ def _huggingface(settings: dict[str, Any]) -> nn.Module:
     class FeatureMaps(PvtV2Backbone):
         """Hugging Face's backbone, returning its features alone."""
 
-        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
             return super().forward(x).feature_maps
 
     return FeatureMaps(PvtV2Config(**settings))
@@ -139,7 +139,7 @@ BUILDERS = {
 }
 
 
-def _compile(model: nn.Module) -> nn.Module:
+def _compile(model: nn.Module) -> Any:
     """Compile for one size; without gradients the weights become constants of the program."""
     from torch._inductor import config
 

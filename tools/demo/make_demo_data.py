@@ -224,11 +224,12 @@ def paint(canvas: np.ndarray, stickers: Sequence[Sticker], rng: np.random.Genera
         canvas[sticker.paper] = paper
         canvas[sticker.ink & sticker.paper] = ink
     height, width = canvas.shape[0] // OVERSAMPLING, canvas.shape[1] // OVERSAMPLING
-    picture = cv2.resize(canvas, (width, height), interpolation=cv2.INTER_AREA)
+    picture: np.ndarray = cv2.resize(canvas, (width, height), interpolation=cv2.INTER_AREA)
     picture = cv2.GaussianBlur(picture, (0, 0), rng.uniform(0.3, 0.8))
     # Light falls off across the picture, so that a sticker's colour is not constant.
-    slope = np.linspace(-1, 1, width)[None, :] * rng.uniform(-0.2, 0.2)
-    slope = slope + np.linspace(-1, 1, height)[:, None] * rng.uniform(-0.2, 0.2)
+    across: np.ndarray = np.linspace(-1, 1, width) * rng.uniform(-0.2, 0.2)
+    down: np.ndarray = np.linspace(-1, 1, height) * rng.uniform(-0.2, 0.2)
+    slope = across[None, :] + down[:, None]
     picture *= 1 + slope[:, :, None].astype(np.float32)
     picture += rng.normal(0, rng.uniform(2, 6), picture.shape).astype(np.float32)
     return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
