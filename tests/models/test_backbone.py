@@ -1,17 +1,19 @@
 """PVT and PVTv2 as modules: shapes, arguments, training, tracing, and errors for bad input."""
 
 import copy
+import io
+import lzma
 import pickle
 
 import pytest
 import torch
 from mmengine.registry import MODELS
-from reference import ARCHS, SMALL, VARIANTS, backbone_class, load_json, small
+from reference import ARCHS, DATA, SMALL, VARIANTS, backbone_class, load_json, small
 from torch import nn
 
 import pvt_mm
 from pvt_mm import PVT, PVTv2
-from pvt_mm.models import ops
+from pvt_mm.models.context import is_autocast
 
 IMAGE = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(1))
 every_variant = pytest.mark.parametrize('variant', VARIANTS)
@@ -260,6 +262,22 @@ def test_copies_pickles_and_state_dicts_are_the_same_model(variant):
     assert_equal(outputs(other), expected)
 
 
+@pytest.mark.parametrize('variant', ['v1', 'v1_avg', 'v2', 'v2_linear'])
+def test_whole_model_pickles_of_0_1_0_load(variant):
+    """They name classes by modules that have moved; their dropout rates, too, are modules now."""
+    content = lzma.decompress((DATA / 'models_0_1_0.pt.xz').read_bytes())
+    stored = torch.load(io.BytesIO(content), weights_only=False)
+    model = stored['models'][variant]
+    rates = {m.p for m in model.modules() if isinstance(m, nn.Dropout)}
+    assert rates == ({0.1} if variant == 'v1' else {0.0})
+    frozen = variant == 'v2_linear'  # its first stage
+    for i, stage in enumerate(model.stages):
+        assert all(m.training == (i > 0 or not frozen) for m in stage.modules())
+    for out, expected in zip(outputs(model.eval(), stored['image']), stored['outputs'][variant]):
+        assert (out - expected).abs().max() < 2e-3 * expected.float().std() + 2e-3
+    assert_equal(outputs(copy.deepcopy(model), stored['image']), outputs(model, stored['image']))
+
+
 @every_variant
 def test_autocast_bf16_is_near_fp32(variant):
     """Under autocast the features are close to fp32's, and gradients flow."""
@@ -362,7 +380,7 @@ def test_compute_dtype_is_for_the_backbone_alone(variant):
         assert all(out.dtype == torch.float32 for out in outs)
         sum(out.sin().sum() for out in outs).backward()
         results.append([*(out.detach() for out in outs), *(p.grad for p in backbone.parameters())])
-    assert not ops.is_autocast('cpu')
+    assert not is_autocast('cpu')
     for rough, plain in zip(*results):
         assert rough.dtype == torch.float32
         assert 0 < (rough - plain).norm() < 0.1 * plain.norm() + 1e-3

@@ -1,6 +1,5 @@
 """What the kernels take from the machine: the processor, its cache, the C library's memory."""
 
-import importlib.util
 import platform
 import subprocess
 import sys
@@ -8,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from pvt_mm.models.fast import cpu, kernels
+from pvt_mm.models.fast import cpu
 
 
 def test_the_processor_is_told_by_linux(tmp_path):
@@ -43,51 +42,43 @@ def test_the_last_level_cache_is_told_by_linux(tmp_path, text, size):
         ('', 0, 'AVX512', False, False, True, False),
     ],
 )
-def test_the_processor_chooses_the_road(
+def test_the_processor_chooses_the_kernels(
     monkeypatch, vendor, family, capability, mkl, fused, training, narrow
 ):
     """AVX2 alone, Zen 4, Zen 5 and Intel; the general one where nothing is known."""
     monkeypatch.setattr(cpu, 'vendor_and_family', lambda: (vendor, family))
     monkeypatch.setattr(torch.backends.mkl, 'is_available', lambda: True)
     monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: capability)
-    roads = fresh_kernels()
-    products = roads.MKL_IS_FASTER, roads.MKL_IS_NARROW
-    attention = roads.FUSED_ATTENTION_IS_FASTER, roads.FUSED_TRAINING_IS_FASTER
-    assert products == (mkl, narrow) and attention == (fused, training)
+    traits = cpu.traits.__wrapped__()
+    assert (traits.mkl_is_faster, traits.mkl_is_narrow) == (mkl, narrow)
+    assert (traits.fused_attention, traits.fused_attention_backward) == (fused, training)
 
 
 def test_without_mkl_nothing_is_left_to_it(monkeypatch):
     """On Intel or not."""
     monkeypatch.setattr(cpu, 'vendor_and_family', lambda: ('GenuineIntel', 6))
     monkeypatch.setattr(torch.backends.mkl, 'is_available', lambda: False)
-    roads = fresh_kernels()
-    assert not roads.MKL_IS_FASTER
-    assert not roads.FUSED_ATTENTION_IS_FASTER and not roads.FUSED_TRAINING_IS_FASTER
+    traits = cpu.traits.__wrapped__()
+    assert not traits.mkl_is_faster
+    assert not traits.fused_attention and not traits.fused_attention_backward
 
 
 @pytest.mark.parametrize(
-    ('mib', 'piece'), [(0, 2**20), (32, 2**20), (63, 2**20), (64, 2**21), (480, 2**21)]
+    ('mib', 'chunk'), [(0, 2**20), (32, 2**20), (63, 2**20), (64, 2**21), (480, 2**21)]
 )
-def test_pieces_fit_the_cache(monkeypatch, mib, piece):
+def test_chunks_fit_the_cache(monkeypatch, mib, chunk):
     """Twice as large from 64 MiB on; small where nothing is known."""
     monkeypatch.setattr(cpu, 'last_level_cache', lambda: mib * 2**20)
-    chosen = fresh_kernels().PIECE
-    assert chosen == piece
-
-
-def fresh_kernels():
-    """A second copy of the kernels, which asks the machine anew."""
-    spec = importlib.util.spec_from_file_location('pvt_mm._kernels_again', kernels.__file__)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    assert cpu.traits.__wrapped__().chunk == chunk
 
 
 GLIBC = """
 import resource, sys
 import torch
-if sys.argv[1] == 'pvt_mm':
-    import pvt_mm.kernels
+import pvt_mm
+if sys.argv[1] == 'forward':
+    with torch.no_grad():
+        pvt_mm.PVTv2('b0')(torch.zeros(1, 3, 64, 64))
 def passes(count):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(count):
@@ -100,10 +91,20 @@ print(passes(10))
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='how glibc keeps memory')
-def test_freed_memory_is_kept():
-    """Buffers freed and made again cost no page faults, of which there were thousands a pass."""
+def test_freed_memory_is_kept_once_the_fast_path_was_taken():
+    """Buffers freed and made again cost no page faults then; importing alone changes nothing."""
     faults = {}
-    for name in ('pvt_mm', 'none'):
-        command = [sys.executable, '-c', GLIBC, name]
+    for name in ('forward', 'import'):
+        command = [sys.executable, '-W', 'ignore', '-c', GLIBC, name]
         faults[name] = int(subprocess.run(command, capture_output=True, check=True).stdout)
-    assert faults['pvt_mm'] < 2000 < faults['none']
+    assert faults['forward'] < 2000 < faults['import']
+
+
+def test_importing_asks_nothing_of_the_machine():
+    """Neither /proc is read nor a trait worked out before the fast path is first taken."""
+    code = (
+        'import pvt_mm; from pvt_mm.models.fast import cpu; '
+        'assert cpu.traits.cache_info().misses == 0; '
+        'assert cpu.keep_freed_memory.cache_info().misses == 0'
+    )
+    subprocess.run([sys.executable, '-W', 'ignore', '-c', code], check=True)
