@@ -11,11 +11,13 @@ from typing import Any
 
 from pvt_mm.errors import ArchError
 
-#: Pixels from one patch to the next, stage by stage: total strides 4, 8, 16 and 32.
+#: Stride of the patch embedding, one value per stage.
 STRIDES = (4, 2, 2, 2)
+#: Input pixels from one token to the next, one value per stage.
+TOTAL_STRIDES = (4, 8, 16, 32)
 
-# One value a stage: token width, attention heads, MLP width over token width, and the factor by
-# which keys and values shrink a side.
+# One value per stage: channels of a token, attention heads, hidden channels of the MLP over those
+# of a token, and the factor by which a side shrinks for keys and values.
 _PYRAMID: dict[str, Any] = {
     'dims': (64, 128, 320, 512),
     'num_heads': (1, 2, 5, 8),
@@ -48,12 +50,12 @@ def resolve_arch(
 
     Args:
         arch: A name, or a dict with the keys of the named ones; each value but ``linear`` is a
-            sequence of four, one a stage.
+            sequence of four, one value per stage.
         archs: The named architectures.
 
     Raises:
-        ArchError: Where the name or a key is unknown, a key is missing or a value has another
-            length, naming what would do.
+        ArchError: Where the name or a key is unknown, a key is missing or a value is wrong; the
+            message lists what is allowed.
     """
     if isinstance(arch, str):
         if arch not in archs:

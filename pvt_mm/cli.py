@@ -1,31 +1,38 @@
-"""What the command line tools share: configs, data roots, and errors in one sentence."""
+"""What the command line tools share: arguments, tables, progress, errors in one sentence."""
 
 from __future__ import annotations
 
 import argparse
 import csv
 import functools
+import os
 import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Any, TypeVar
 
-from mmengine.config import DictAction
+from mmengine.config import Config, DictAction
+from rich.console import Console
+from rich.progress import Progress
 
-from pvt_mm.checkpoint import safe_load
+from pvt_mm.config import load_config
 from pvt_mm.engine.runtime import setup
 from pvt_mm.errors import ArchError, CheckpointMismatchError, UserError
-from pvt_mm.releases import first_with
+from pvt_mm.evaluation.options import use_fast_coco_eval
 from pvt_mm.requirements import pinned
+from pvt_mm.tables import text_table
+
+T = TypeVar('T')
 
 
 def main_errors(main: Callable[[], None]) -> Callable[[], None]:
-    """Make a tool's ``main`` read files safely and print bad input as one sentence, with code 1.
+    """Decorate a tool's ``main``: files are read safely, and bad input is one sentence and code 1.
 
-    Every such tool takes ``--debug``, which prints the traceback as well.
+    Each tool also takes ``--debug``, which prints the traceback.
     """
 
     @functools.wraps(main)
@@ -42,8 +49,8 @@ def main_errors(main: Callable[[], None]) -> Callable[[], None]:
                 print('  --debug  print the traceback of an error')
             raise
         except (UserError, ArchError, CheckpointMismatchError, KeyError) as error:
-            message = _sentence(error)
-            if not message:
+            message = _unregistered(str(error)) if isinstance(error, KeyError) else str(error)
+            if not message:  # not bad input but a fault in the code
                 raise
             if debug:
                 traceback.print_exc()
@@ -53,15 +60,8 @@ def main_errors(main: Callable[[], None]) -> Callable[[], None]:
     return run
 
 
-def _sentence(error: Exception) -> str:
-    """Return what is told of an error; empty where it is no bad input."""
-    if isinstance(error, CheckpointMismatchError):
-        return f'{safe_load.last_read}: {error}'
-    return _unregistered(str(error)) if isinstance(error, KeyError) else str(error)
-
-
 def _unregistered(message: str) -> str:
-    """Turn mmengine's error about a type that no one registered into one sentence."""
+    """Turn mmengine's error about an unknown type into one sentence; '' for other errors."""
     match = re.search(r'(\w+) is not in the (mmdet|mmseg)::', message)
     if match is None:
         return ''
@@ -71,19 +71,14 @@ def _unregistered(message: str) -> str:
             f'The config uses {name} without importing it; add '
             "custom_imports = dict(imports=['pvt_mm'], allow_failed_imports=False)."
         )
-    version = import_module(package).__version__
+    version, pin = import_module(package).__version__, pinned(package)
     found = f'{package} {version}, which is installed, has no {name}'
-    release, pin = first_with(package, name), pinned(package)
-    if release and release.startswith('onedl-') and not pin.startswith('onedl-'):
-        return f'{found}; {release}, of the maintained fork, has it: make install STACK=onedl.'
-    if pin.endswith(f'=={version}'):
-        return (
-            f'{found}; check the name, or if another package has it, name that in '
-            'custom_imports = dict(imports=[...]).'
-        )
-    if release:
-        return f'{found}; {release} was the first to have it: pip install {pin}.'
-    return f'{found}; the configs of pvt_mm are made for {pin}: pip install {pin}.'
+    if '==' in pin and not pin.endswith(f'=={version}'):
+        return f'{found}; the configs of pvt_mm are made for {pin}: pip install {pin}.'
+    return (
+        f'{found}; check the name. If another package has it, name that package in '
+        'custom_imports = dict(imports=[...]).'
+    )
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
@@ -98,7 +93,7 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that train and test share."""
+    """Add the arguments that train and test share; ``load_run_config`` applies them."""
     parser.add_argument('--data-root', metavar='DIR', help='where the data set lies, if elsewhere')
     add_config_options(parser)
     parser.add_argument(
@@ -116,10 +111,24 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
 
 
-def text_table(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows of cells as lines of text with even columns."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return '\n'.join('  '.join(map(str.ljust, row, widths)).rstrip() for row in rows)
+def load_run_config(args: argparse.Namespace, training_options: Sequence[str] = ()) -> Config:
+    """Load the config of train or test, with the arguments that both have applied."""
+    cfg = load_config(args.config, args.cfg_options, args.data_root, training_options)
+    cfg.launcher = args.launcher
+    os.environ.setdefault('LOCAL_RANK', '0')
+    if args.work_dir:
+        cfg.work_dir = args.work_dir
+    if args.fast_coco_eval:
+        use_fast_coco_eval(cfg)
+    return cfg
+
+
+def track(items: Iterable[T], total: int, description: str) -> Iterator[T]:
+    """Yield items and draw on stderr how many of them are done: stdout is for results."""
+    console = Console(stderr=True)
+    # What is printed meanwhile goes above the bar, but never from a pipe to the terminal.
+    with Progress(console=console, redirect_stdout=sys.stdout.isatty()) as progress:
+        yield from progress.track(items, total, description=description)
 
 
 def unique_names(paths: Sequence[str]) -> list[str]:
@@ -143,15 +152,12 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(sides[0]), int(sides[-1])
 
 
-def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print rows as a Markdown table with aligned columns."""
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    rule = ['-' * width for width in widths]
-    for row in (head, rule, *rows):
-        print('| ' + ' | '.join(cell.ljust(width) for cell, width in zip(row, widths)) + ' |')
+def print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a Markdown table with aligned columns."""
+    print(text_table(head, rows, markdown=True))
 
 
-def write_csv(path: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def write_csv(path: str, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Write a table to a file."""
-    with open(path, 'w', newline='') as file:
+    with open(path, 'w', newline='', encoding='utf-8') as file:
         csv.writer(file).writerows([head, *rows])

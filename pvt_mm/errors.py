@@ -2,28 +2,53 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
 
 class ArchError(ValueError):
     """An architecture that is unknown or does not fit together."""
 
 
-class CheckpointMismatchError(RuntimeError):
-    """Weights do not fit the backbone that they are loaded into."""
-
-
 class UserError(Exception):
-    """Bad input: one sentence that says what is wrong and the way out."""
+    """Bad input. The message is one sentence: what is wrong, and what to do."""
+
+
+class CheckpointMismatchError(RuntimeError):
+    """Weights do not fit the model that they are loaded into.
+
+    Attributes:
+        file: Where the weights are from; None where only tensors were given.
+    """
+
+    file: str | None = None
+
+    def __str__(self) -> str:
+        """Return the message, after the file if it is known."""
+        message = super().__str__()
+        return f'{self.file}: {message}' if self.file else message
+
+
+@contextlib.contextmanager
+def naming_file(file: str | Path) -> Iterator[None]:
+    """Put the file into a CheckpointMismatchError that its load raises."""
+    try:
+        yield
+    except CheckpointMismatchError as error:
+        error.file = error.file or str(file)
+        raise
 
 
 class DataError(UserError):
-    """A file of the data set with which a model cannot be trained.
+    """A file of the data set that a model cannot be trained with.
 
     Args:
-        message: A sentence that names the file. PyTorch hands on a worker's error by building
-            another one from its traceback, whose last line is the message.
+        message: A sentence that names the file. PyTorch rebuilds the error of a worker from its
+            traceback, whose last line is the message.
         file: The file that is named.
-        kind: What is wrong, in the words of the table that ``tools/check_dataset.py`` prints.
-        detail: What was seen.
+        kind: What is wrong, as ``tools/analysis_tools/check_dataset.py`` calls it.
+        detail: What was found in the file.
     """
 
     def __init__(self, message: str, file: str = '', kind: str = '', detail: str = '') -> None:

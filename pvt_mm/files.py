@@ -11,39 +11,36 @@ from pathlib import Path
 PARTIAL = '.partial'
 
 
-# Checkpoint files
-
-
 def atomic_write(content: bytes, path: str | Path) -> None:
-    """Write a file aside, flush it and rename it: others find the old one or the new one, whole.
+    """Write a temporary file, flush it and rename it: readers see the old file or the new one.
 
     Raises:
-        OSError: Where that fails; the old file is as it was then.
+        OSError: Where that fails; the old file is unchanged then.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f'.{path.name}{PARTIAL}')
+    partial = path.with_name(f'.{path.name}{PARTIAL}')
     try:
-        with open(aside, 'wb') as file:
+        with open(partial, 'wb') as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(partial, path)
         _flush_folder(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
-            aside.unlink()
+            partial.unlink()
         # write() itself does not say which file it was.
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _flush_folder(folder: Path) -> None:
-    """Flush a folder's names, without which a rename may not outlive a power cut."""
+    """Flush the names in a folder: without that, a power cut may undo a rename."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems know no such thing
+        if error.errno != errno.EINVAL:  # some network file systems cannot do it
             raise
     finally:
         os.close(descriptor)

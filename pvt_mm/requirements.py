@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 
 # Two sets of distributions provide the same modules: OpenMMLab's own and the maintained fork.
@@ -14,53 +14,61 @@ _PROVIDERS = {
     'mmcv': ('mmcv', 'mmcv-lite', 'mmcv-full', 'onedl-mmcv'),
 }
 _OLDEST = {'torch': '2.1', 'mmengine': '0.10', 'mmcv': '2.0'}
-_TORCH = "pip install 'torch>=2.1'"
-_BUILD_TOOLS = "pip install 'setuptools<81' ninja wheel"
-_COMMANDS = {
-    'openmmlab': {
-        'torch': _TORCH,
-        'mmengine': 'pip install mmengine==0.10.7',
-        'mmcv': f'{_BUILD_TOOLS} && pip install mmcv==2.1.0 --no-build-isolation',
-    },
-    'onedl': {
-        'torch': _TORCH,
-        'mmengine': 'pip install onedl-mmengine==0.10.12',
-        'mmcv': f'{_BUILD_TOOLS} && pip install onedl-mmcv==2.3.6 --no-build-isolation',
-    },
-}
-
-_PINS = {
-    'openmmlab': {'mmdet': 'mmdet==3.3.0', 'mmseg': 'mmsegmentation==1.2.2'},
-    'onedl': {'mmdet': 'onedl-mmdetection==3.5.1', 'mmseg': 'onedl-mmsegmentation==1.4.2'},
+#: The distribution of each module: that of OpenMMLab, that of the fork.
+_DISTRIBUTIONS = {
+    'mmengine': ('mmengine', 'onedl-mmengine'),
+    'mmcv': ('mmcv', 'onedl-mmcv'),
+    'mmdet': ('mmdet', 'onedl-mmdetection'),
+    'mmseg': ('mmsegmentation', 'onedl-mmsegmentation'),
 }
 
 
 def check_requirements() -> None:
     """Fail early, in one sentence, where PyTorch, mmengine or mmcv is missing or too old.
 
-    Reads versions from the distributions' metadata, so that nothing heavy is imported here.
+    Versions come from the metadata of the distributions: nothing heavy is imported.
 
     Raises:
-        ImportError: naming each part at fault and the command that installs it.
+        ImportError: Naming each package at fault and the command that installs it.
     """
-    stack = 'onedl' if _is_onedl() else 'openmmlab'
     faults, commands = [], []
     for module, oldest in _OLDEST.items():
         found = _found_version(module)
         if found is None or _release(found) < _release(oldest):
             faults.append(f'{module}>={oldest} ({found or "not"} installed)')
-            commands.append(_COMMANDS[stack][module])
-    if stack == 'openmmlab' and find_spec('pkg_resources') is None:
-        # mmengine asks it where a package lies, at run time; setuptools itself dropped it.
+            commands.append(_command(module))
+    if not _is_onedl() and find_spec('pkg_resources') is None:
+        # mmengine asks it at run time where a package lies; newer setuptools do not have it.
         faults.append('pkg_resources (not installed; mmengine imports it)')
         commands.append("pip install 'setuptools<81'")
     if faults:
         raise ImportError(f'pvt_mm needs {" and ".join(faults)}; run: {" && ".join(commands)}')
 
 
+def _command(module: str) -> str:
+    if module == 'torch':
+        return f"pip install 'torch>={_OLDEST[module]}'"
+    if module == 'mmcv':  # it is compiled
+        tools = "pip install 'setuptools<81' ninja wheel"
+        return f'{tools} && pip install {pinned(module)} --no-build-isolation'
+    return f'pip install {pinned(module)}'
+
+
 def pinned(module: str) -> str:
-    """Return the requirement, such as ``mmdet==3.3.0``, that pvt_mm's configs are made for."""
-    return _PINS['onedl' if _is_onedl() else 'openmmlab'][module]
+    """Return the requirement, such as ``mmdet==3.3.0``, that pvt_mm's configs are made for.
+
+    The pins are in pvt_mm's own metadata, as extras. A source tree on PYTHONPATH has no metadata:
+    there the requirement has no version.
+    """
+    distribution = _DISTRIBUTIONS[module][_is_onedl()]
+    try:
+        lines = requires('pvt-mm') or []
+    except PackageNotFoundError:
+        lines = []
+    requirements = (line.partition(';')[0].strip() for line in lines)
+    return next(
+        (r for r in requirements if re.split('[^a-z-]', r)[0] == distribution), distribution
+    )
 
 
 def register_config_packages() -> None:
@@ -94,10 +102,9 @@ def _installed(distribution: str) -> bool:
 
 
 def _is_onedl() -> bool:
-    parts = ('mmengine', 'mmcv', 'mmdetection', 'mmsegmentation')
-    return any(_installed(f'onedl-{part}') for part in parts)
+    return any(_installed(fork) for _, fork in _DISTRIBUTIONS.values())
 
 
 def _release(text: str) -> tuple[int, ...]:
-    """The first two numbers of a version, which all bounds here need."""
+    """Return the first two numbers of a version, which all bounds here need."""
     return tuple(int(number) for number in re.findall(r'\d+', text)[:2])

@@ -7,24 +7,11 @@ Example:
 import argparse
 import os
 
-from mmengine.runner import Runner
-
 from pvt_mm import cli
-from pvt_mm.config import CODEBASES, load_config, task_of
-from pvt_mm.datasets import guard
-from pvt_mm.datasets.consistency import check_classes, check_data
-from pvt_mm.engine import resume, runtime, training_summary
+from pvt_mm.engine import build_runner
 from pvt_mm.engine.distributed import shutdown_distributed
-from pvt_mm.engine.options import (
-    add_checkpoint_hook,
-    add_hook,
-    add_tensorboard,
-    check_checkpoint,
-    check_pretrained,
-    enable_auto_scale_lr,
-    use_fast_coco_eval,
-)
-from pvt_mm.engine.runner import fit_log_interval
+from pvt_mm.engine.options import add_tensorboard, enable_amp, enable_auto_scale_lr
+from pvt_mm.engine.resume import clear_errors
 
 
 def parse_args() -> argparse.Namespace:
@@ -81,27 +68,17 @@ def parse_args() -> argparse.Namespace:
 @cli.main_errors
 def main() -> None:
     args = parse_args()
-    cfg = load_config(args.config, args.cfg_options, args.data_root, args.option)
-    task_of(cfg, CODEBASES)
-    check_data(cfg, ('train_dataloader', 'val_dataloader'))
-    check_classes(cfg, args.config, ('train_dataloader', 'val_dataloader'))
-    cfg.launcher = args.launcher
-    os.environ.setdefault('LOCAL_RANK', '0')
-    if args.work_dir:
-        cfg.work_dir = args.work_dir
+    cfg = cli.load_run_config(args, args.option)
     if args.amp:
-        cfg.optim_wrapper.type = 'AmpOptimWrapper'
-        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+        enable_amp(cfg)
     if args.auto_scale_lr:
         enable_auto_scale_lr(cfg)
-    if args.fast_coco_eval:
-        use_fast_coco_eval(cfg)
     if args.tensorboard:
         add_tensorboard(cfg)
     if args.seed is not None:
         cfg.randomness = dict(cfg.get('randomness', {}), seed=args.seed)
     if args.deterministic:
-        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # CUDA's products need it
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS needs it
         cfg.randomness = dict(cfg.get('randomness', {}), deterministic=True)
     if args.load_from:
         cfg.load_from = args.load_from
@@ -109,17 +86,8 @@ def main() -> None:
         cfg.resume = 'auto'
     elif args.resume:
         cfg.resume, cfg.load_from = True, args.resume
-    check_checkpoint(cfg.get('load_from'))
-    check_pretrained(cfg)
-    add_checkpoint_hook(cfg)
-    add_hook(cfg, 'NonFiniteHook')
-    runtime.setup(cfg)
-    resume.setup(cfg)
-    with resume.clear_errors(cfg.work_dir):
-        runner = Runner.from_cfg(cfg)
-        guard.guard_loading(runner, args.config, args.skip_bad_images)
-        runner.register_hook(training_summary.PreflightHook())
-        fit_log_interval(runner, runner.max_iters)
+    runner = build_runner(cfg, config=args.config, train=True, skip_bad_images=args.skip_bad_images)
+    with clear_errors(cfg.work_dir):
         runner.train()
     shutdown_distributed()
 

@@ -1,1 +1,1 @@
-"""What a script calls: inference, a swap of backbones, the cost of a model."""
+"""What a script calls: inference, swap_backbone, multiply-adds of a model."""

@@ -1,4 +1,4 @@
-"""Multiply-adds of a backbone, counted without computing anything."""
+"""Multiply-adds of a backbone, counted on PyTorch's meta device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""A trained detector or segmentor on single images."""
+"""A trained detector or segmentor on single images.
+
+mmdet's DetInferencer and MMSegInferencer each serve one codebase, and run a model whose weights did
+not fit. Predictor serves both, refuses such weights, and gives masks as JSON.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ from pvt_mm.config import datasets, task_of
 from pvt_mm.engine.checkpoint_hook import require_fit
 from pvt_mm.engine.options import without_pretrained
 from pvt_mm.engine.runtime import setup
-from pvt_mm.errors import UserError
+from pvt_mm.errors import UserError, naming_file
 
 
 class Predictor:
@@ -32,7 +36,7 @@ class Predictor:
 
     Raises:
         UserError: Where the checkpoint cannot be read, or the config is of neither codebase.
-        CheckpointMismatchError: Where the weights are not of this model.
+        CheckpointMismatchError: Where the weights do not fit the model.
     """
 
     def __init__(self, cfg: Config, checkpoint: str, device: str | None = None) -> None:
@@ -43,15 +47,16 @@ class Predictor:
         model = MODELS.build(cfg.model)
         weights = unwrap(CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu'))
         check = require_fit(model, weights, whole=True)
-        _load_checkpoint_to_model(model, {'state_dict': weights}, logger='current')
+        with naming_file(checkpoint):
+            _load_checkpoint_to_model(model, {'state_dict': weights}, logger='current')
         check.remove()
         device = device or ('cuda:0' if torch.cuda.is_available() else 'cpu')
         self.model = model.to(device).eval()
         data = next(datasets(cfg, ['test_dataloader']))
         self.dataset_meta = DATASETS.build(dict(data, lazy_init=True, pipeline=[])).metainfo
         self.classes: list[str] = list(self.dataset_meta['classes'])
-        transforms = [t for t in data['pipeline'] if t['type'] != 'LoadAnnotations']
-        self.pipeline = Compose(transforms)
+        steps = [step for step in data['pipeline'] if step['type'] != 'LoadAnnotations']
+        self.pipeline = Compose(steps)
         visualizer = dict(cfg.visualizer, vis_backends=None, name=f'predictor_{id(self)}')
         self.visualizer = VISUALIZERS.build(visualizer)
         self.visualizer.dataset_meta = self.dataset_meta
@@ -66,23 +71,23 @@ class Predictor:
         return self.model.test_step(self.load(image))[0]
 
     def load(self, image: str | Path) -> dict[str, list]:
-        """Return an image file as the test pipeline gives it, a batch of one.
+        """Return an image file as a batch of one from the test pipeline.
 
         Raises:
             UserError: Where the file is missing or no image.
         """
         read_pixels(image)
         data = self.pipeline(dict(img_path=str(image), img_id=0))
-        return {k: [v] for k, v in data.items()}
+        return {key: [value] for key, value in data.items()}
 
     def draw(self, image: str | Path, result: Any, out_file: Path, score_thr: float = 0.3) -> None:
-        """Write a picture with a result drawn over its image.
+        """Write an image with its result drawn over it.
 
         Args:
             image: The image file that the result is of.
             result: What calling the predictor returned.
             out_file: The picture to write; its folder exists.
-            score_thr: Least score of boxes drawn.
+            score_thr: Boxes below this score are not drawn.
         """
         pixels = read_pixels(image)
         options = {'pred_score_thr': score_thr} if self.task == 'mmdet' else {}

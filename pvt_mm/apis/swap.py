@@ -1,8 +1,7 @@
-"""Puts a PVT in place of the backbone of any mmdet or mmseg config.
+"""Replace the backbone of any mmdet or mmseg config by a PVT.
 
-The old backbone's channels are worked out from its own settings and compared with what every neck
-and head says it takes. Only what agrees is mapped; anything else is refused, with a reason out of
-``Refusal``.
+The channels of the old backbone are computed from its settings and compared with the input channels
+of every neck and head. Where they agree, they are mapped; all else is refused, with a ``Refusal``.
 """
 
 from __future__ import annotations
@@ -19,24 +18,23 @@ from typing import Any, NamedTuple
 
 from mmengine.config import Config
 
-from pvt_mm.archs import PVT_ARCHS, PVT_V2_ARCHS, resolve_arch
+from pvt_mm.archs import PVT_ARCHS, PVT_V2_ARCHS, TOTAL_STRIDES, resolve_arch
 from pvt_mm.config import BUNDLED, iter_dicts, read_config
 from pvt_mm.errors import UserError
 
 ARCHS = {'PVT': PVT_ARCHS, 'PVTv2': PVT_V2_ARCHS}
-STRIDES = (4, 8, 16, 32)
 ALL_STAGES = (0, 1, 2, 3)
 
-#: The published weights saw images normalised like this, in RGB.
+#: How images were normalised, in RGB, for the published weights.
 NORMALISATION = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375])
-#: A published recipe for 16 images a step: RetinaNet and Semantic FPN; with RoI heads, Mask R-CNN.
+#: The published recipes for 16 images per step: RetinaNet's; with RoI heads, Mask R-CNN's.
 LEARNING_RATE, ROI_LEARNING_RATE, WEIGHT_DECAY = 1e-4, 2e-4, 1e-4
-#: Optimisers of transformers: their settings are kept.
+#: Optimisers whose settings are kept.
 ADAM = ('Adam', 'AdamW')
 
 
 class Refusal(str, enum.Enum):
-    """Why a config cannot have its backbone swapped; there is no other reason."""
+    """Every reason why the backbone of a config cannot be swapped."""
 
     NO_MODEL = 'no model'
     NO_BACKBONE = 'no backbone'
@@ -57,7 +55,7 @@ class SwapRefusedError(UserError):
     """The backbone of this config cannot be swapped.
 
     Attributes:
-        reason: Which of the known reasons it is.
+        reason: One of the known reasons.
     """
 
     def __init__(self, reason: Refusal, message: str) -> None:
@@ -74,7 +72,7 @@ class Level(NamedTuple):
 
 
 class Swapped(NamedTuple):
-    """A config with a PVT, and a sentence for each thing that was changed."""
+    """A config with a PVT, and a sentence for each change."""
 
     cfg: Config
     changes: list[str]
@@ -84,7 +82,7 @@ class Swapped(NamedTuple):
 
 
 def type_name(node: Mapping[str, Any]) -> str:
-    """Return the bare class name of a part: `ResNet` of `mmdet.ResNet`, or of a module path."""
+    """Return the class name of a part without its scope or module: `ResNet` of `mmdet.ResNet`."""
     return str(node.get('type', '')).rpartition('.')[2]
 
 
@@ -146,17 +144,17 @@ def _twins(backbone: Mapping[str, Any]) -> tuple[list[int], list[int]]:
 
 
 def _hrnet(backbone: Mapping[str, Any]) -> tuple[list[int], list[int]]:
-    return list(backbone['extra']['stage4']['num_channels']), list(STRIDES)
+    return list(backbone['extra']['stage4']['num_channels']), list(TOTAL_STRIDES)
 
 
 def _mscan(backbone: Mapping[str, Any]) -> tuple[list[int], list[int]]:
-    return list(backbone.get('embed_dims', (64, 128, 256, 512))), list(STRIDES)
+    return list(backbone.get('embed_dims', (64, 128, 256, 512))), list(TOTAL_STRIDES)
 
 
 def _pvt(backbone: Mapping[str, Any]) -> tuple[list[int], list[int]]:
     archs = ARCHS[type_name(backbone)]
     arch = resolve_arch(backbone.get('arch', 'small' if archs is PVT_ARCHS else 'b2'), archs)
-    return list(arch['dims']), list(STRIDES)
+    return list(arch['dims']), list(TOTAL_STRIDES)
 
 
 #: Backbones of four levels: the channels and strides of all their stages.
@@ -175,7 +173,7 @@ BACKBONES: dict[str, Callable[[Mapping[str, Any]], tuple[list[int], list[int]]]]
     'PVTv2': _pvt,
 }
 
-#: Backbones that are known, and known not to fit.
+#: Backbones that are known not to fit.
 REFUSED_BACKBONES = {
     **dict.fromkeys(('Darknet', 'CSPDarknet', 'CSPNeXt'), Refusal.DARKNET),
     **dict.fromkeys(('DetectoRS_ResNet', 'DetectoRS_ResNeXt'), Refusal.DETECTORS),
@@ -196,10 +194,10 @@ _WHY_REFUSED = {
 
 
 def old_levels(backbone: Mapping[str, Any]) -> list[Level]:
-    """Return the levels that a backbone gives, in the order of its ``out_indices``.
+    """Return the levels of a backbone, in the order of its ``out_indices``.
 
     Raises:
-        SwapRefusedError: Where it is unknown, or has no four levels.
+        SwapRefusedError: Where it is unknown or has not four levels.
     """
     name = type_name(backbone)
     if name in REFUSED_BACKBONES:
@@ -216,8 +214,8 @@ def old_levels(backbone: Mapping[str, Any]) -> list[Level]:
     channels, strides = BACKBONES[name](backbone)
     stages = list(backbone.get('out_indices', range(backbone.get('num_stages', len(channels)))))
     if (
-        len(channels) != len(STRIDES)
-        or len(strides) > len(STRIDES)
+        len(channels) != len(TOTAL_STRIDES)
+        or len(strides) > len(TOTAL_STRIDES)
         or stages != sorted(set(stages))
         or not set(stages) <= set(range(len(strides)))
     ):
@@ -235,7 +233,7 @@ def old_levels(backbone: Mapping[str, Any]) -> list[Level]:
 def make_backbone(backbone: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[int, ...]]:
     """Complete the settings of a PVT, and return them with the channels of its four stages.
 
-    A published arch gets the drop path rate and the weights that the bundled configs give it.
+    A published arch gets the drop path rate and the weights of the bundled configs.
 
     Raises:
         UserError: Where there is no such type or arch, or ``out_indices`` is given.
@@ -274,12 +272,12 @@ def _place(
     if old.get('in_channels', 3) != 3:
         new.setdefault('in_channels', old['in_channels'])
     if new.get('in_channels', 3) != 3 and new.get('init_cfg'):
-        # One channel takes the sum of the weights for red, green and blue; more take them in turn.
+        # One channel takes the sum of the weights for red, green and blue; more repeat them.
         new.setdefault('adapt_in_channels', 'sum' if new['in_channels'] == 1 else 'repeat')
     return new
 
 
-# What reads a backbone: each entry maps a part from the old levels to the new ones
+# Necks and heads: their settings are mapped from the old levels to the new ones
 
 
 def _replace_list(part: dict, key: str, old: Sequence[Level], new: Sequence[Level]) -> None:
@@ -299,7 +297,7 @@ def _disagree(part: Mapping[str, Any], key: str, expected: Any) -> None:
     raise SwapRefusedError(
         Refusal.CHANNELS,
         f'{type_name(part)} has {key}={part.get(key)}, but the old backbone gives {expected}: '
-        'mend the config first.',
+        'correct the config first.',
     )
 
 
@@ -328,7 +326,7 @@ Levels = list[Level]
 
 
 def _map_neck(neck: dict, old: Levels, new: Levels) -> tuple[Levels, Levels]:
-    """Map a neck, and return those old and new levels that the heads still see, or none."""
+    """Map a neck; return the old and new levels that it passes on to the heads, if any."""
     name = type_name(neck)
     if name in PLAIN_NECKS:
         return old, new
@@ -345,7 +343,7 @@ def _map_neck(neck: dict, old: Levels, new: Levels) -> tuple[Levels, Levels]:
         )
     if name != 'JPU':
         return [], []
-    # JPU passes all levels but the last on, and its own output in place of that.
+    # JPU passes on all levels but the last, which its own output replaces.
     end = neck.get('end_level', -1)
     own = Level(-1, 0, 0)
     kept = slice(neck.get('start_level', 0), (len(old) if end == -1 else end) - 1)
@@ -353,7 +351,7 @@ def _map_neck(neck: dict, old: Levels, new: Levels) -> tuple[Levels, Levels]:
 
 
 def _check_groups(neck: Mapping[str, Any], levels: Levels) -> None:
-    """Refuse halves of levels, which these necks work on, that a group norm cannot divide."""
+    """Refuse a group norm that cannot divide half of a level's channels, as these necks do."""
     norm = neck.get('norm_cfg') or {}
     if type_name(neck) not in ('CSPNeXtPAFPN', 'YOLOXPAFPN') or type_name(norm) != 'GN':
         return
@@ -452,7 +450,7 @@ def _map_indexed_head(head: dict, old: Levels, new: Levels) -> None:
 
 
 def _map_passed_on(head: dict, old: Levels, new: Levels) -> None:
-    """Map those of a head's channels that the neck passed on; its own output stays."""
+    """Map those channels of a head that the neck passes on; those of the neck's output stay."""
     found = head['in_channels']
     if isinstance(found, int):
         return
@@ -482,7 +480,7 @@ def _map_roi_head(head: dict, old: Level, new: Level) -> None:
 
 
 def _check_one_size(host: Mapping[str, Any], new: Levels) -> None:
-    """Refuse an OCRHead on another level than the head whose output it multiplies with it."""
+    """Refuse an OCRHead whose level has another size than the output of the head before it."""
     heads = host.get('decode_head')
     if host.get('neck') or not isinstance(heads, list):
         return
@@ -514,7 +512,7 @@ def _heads(host: Mapping[str, Any]) -> Iterator[dict]:
 
 
 def _hosts(model: Any) -> Iterator[dict]:
-    """Yield the parts of a model that have a backbone: the model, or detectors it wraps."""
+    """Yield the parts of a model that have a backbone: itself, or the detectors that it wraps."""
     for node in iter_dicts(model):
         if isinstance(node.get('backbone'), dict) and 'type' in node['backbone']:
             yield node
@@ -523,10 +521,10 @@ def _hosts(model: Any) -> Iterator[dict]:
 def _swap_host(
     host: dict, backbone: Mapping[str, Any], dims: Sequence[int], allow_stride_change: bool
 ) -> list[str]:
-    """Swap the backbone of one model in place, and say what was changed."""
+    """Swap the backbone of one model in place, and return the changes."""
     before = copy.deepcopy(host)
     levels = old_levels(host['backbone'])
-    new = [Level(level.stage, dims[level.stage], STRIDES[level.stage]) for level in levels]
+    new = [Level(level.stage, dims[level.stage], TOTAL_STRIDES[level.stage]) for level in levels]
     if (host.get('roi_head') or {}).get('shared_head'):
         raise SwapRefusedError(
             Refusal.SHARED_HEAD,
@@ -578,7 +576,7 @@ def _describe_backbone(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[s
 
 
 def _drop_weights(host: dict) -> list[str]:
-    """Remove what would fill a whole model, or its old backbone, with weights."""
+    """Remove the initial weights of the whole model or of its old backbone."""
     changes = []
     if host.pop('pretrained', None):
         changes.append("pretrained: removed, the old backbone's weights")
@@ -589,7 +587,7 @@ def _drop_weights(host: dict) -> list[str]:
 
 
 def _differences(before: Any, after: Any, path: str = '') -> list[str]:
-    """Say which values below two versions of a part differ, its backbone and weights left out."""
+    """Return the values that differ between two versions of a part, backbone and weights aside."""
     if isinstance(before, dict) and isinstance(after, dict):
         skipped = ('backbone', 'pretrained', 'init_cfg') if not path else ()
         return [
@@ -645,7 +643,7 @@ def _set_preprocessor(preprocessor: dict) -> None:
 
 
 def _set_optimizer(cfg: dict) -> list[str]:
-    """Set AdamW for SGD and scale the floor of the schedule with the learning rate."""
+    """Replace SGD by AdamW, and scale the schedule's minimum with the learning rate."""
     optimizer = (cfg.get('optim_wrapper') or {}).get('optimizer')
     if not optimizer or type_name(optimizer) in ADAM:
         return []
@@ -667,13 +665,13 @@ def _set_optimizer(cfg: dict) -> list[str]:
             scheduler['eta_min'] = float(f'{floor * rate / old_rate:.6g}')
             changes.append(
                 f'param_scheduler: eta_min {floor:g} became {scheduler["eta_min"]:g}, the same '
-                'part of the learning rate'
+                'fraction of the learning rate'
             )
     return changes
 
 
 def _import_package(cfg: dict) -> list[str]:
-    """Have the config import pvt_mm, besides what it imports already, and add its hook."""
+    """Add pvt_mm to the config's imports, and its hook."""
     changes = []
     imports = cfg.setdefault('custom_imports', dict(imports=[], allow_failed_imports=False))
     names = imports['imports']
@@ -698,33 +696,34 @@ def swap_backbone(
     allow_stride_change: bool = False,
     keep_optimizer: bool = False,
 ) -> Config:
-    """Return a config with a PVT in place of its backbone; the given one stays as it is.
+    """Return a config with a PVT in place of its backbone; the given one is not changed.
 
     Args:
         cfg: A config, its file, or a name such as
             ``mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py``.
-        backbone: ``type`` (``'PVT'`` or ``'PVTv2'``), ``arch`` and any other argument of theirs. A
-            published arch gets its ImageNet weights unless ``init_cfg`` says otherwise.
+        backbone: ``type`` (``'PVT'`` or ``'PVTv2'``), ``arch`` and any of their other arguments. A
+            published arch gets its ImageNet weights unless ``init_cfg`` is given.
         allow_stride_change: Swap a dilated backbone too: its levels become coarser.
-        keep_optimizer: Keep SGD and its learning rate, in place of AdamW.
+        keep_optimizer: Keep SGD and its learning rate; they are not replaced by AdamW.
 
     Raises:
         SwapRefusedError: Where this config cannot be swapped; its ``reason`` says why.
         UserError: Where there is no such config, backbone or arch.
     """
-    return swap(
+    swapped = swap_with_changes(
         cfg, backbone, allow_stride_change=allow_stride_change, keep_optimizer=keep_optimizer
-    ).cfg
+    )
+    return swapped.cfg
 
 
-def swap(
+def swap_with_changes(
     cfg: str | Path | Config,
     backbone: Mapping[str, Any],
     *,
     allow_stride_change: bool = False,
     keep_optimizer: bool = False,
 ) -> Swapped:
-    """Do as ``swap_backbone``, and say what was changed."""
+    """Do the same as ``swap_backbone``, and also return a sentence for each change."""
     if not isinstance(cfg, Config):
         cfg = read_config(cfg, import_custom_modules=False)
     settings, dims = make_backbone(backbone)
@@ -760,14 +759,14 @@ def swap(
 
 
 def _update_variables(cfg: dict, parts: Sequence[tuple[dict, dict]]) -> None:
-    """Update the variables that the model was made from, such as ``detector``, like the model."""
+    """Change the variables that the model was made from, such as ``detector``, like the model."""
     for key, value in cfg.items():
         if key != 'model' and isinstance(value, dict):
             cfg[key] = next((copy.deepcopy(new) for old, new in parts if old == value), value)
 
 
 def _plain(node: Any) -> Any:
-    """Return builtin containers; a class or function, as type, becomes its dotted name."""
+    """Return builtin containers; a class or function that is a type becomes its dotted name."""
     if isinstance(node, dict):
         return {key: _plain(value) for key, value in node.items()}
     if isinstance(node, (list, tuple)):
@@ -781,12 +780,12 @@ def _plain(node: Any) -> Any:
 
 
 def write(swapped: Swapped, file: str | Path, source: str) -> None:
-    """Write a config that stands alone, headed by what was changed.
+    """Write a config without bases, below a comment with the changes.
 
     Args:
         swapped: The config and the changes.
-        file: Where to, a ``.py`` file.
-        source: The config that it was made from.
+        file: The ``.py`` file to write.
+        source: The config that was swapped.
     """
     lines = [f'{source}, its backbone swapped for a PVT. Changed:', *swapped.changes]
     header = '\n'.join(f'#  - {line}' if i else f'# {line}' for i, line in enumerate(lines))

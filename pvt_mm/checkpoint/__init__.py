@@ -1,4 +1,4 @@
-"""State dicts and checkpoint files: their formats, how they are read, how a backbone takes them."""
+"""State dicts and checkpoint files: formats, safe reading, loading into a backbone."""
 
 from pvt_mm.checkpoint.convert import convert_checkpoint
 from pvt_mm.checkpoint.safe_load import read_checkpoint

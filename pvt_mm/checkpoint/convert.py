@@ -315,7 +315,9 @@ def recognise_arch(atoms: Mapping[Atom, Any]) -> Arch | None:
     depths = Counter(stage for stage, _ in blocks)
     v2 = any(atom.part == 'blocks.mlp.dwconv' for atom in atoms)
     # Linear attention reduces by pooling: its sr is a convolution of 1x1.
-    reductions = [t for atom, t in atoms.items() if atom.part == 'blocks.attn.sr' and not atom.stage]
+    reductions = [
+        t for atom, t in atoms.items() if atom.part == 'blocks.attn.sr' and not atom.stage
+    ]
     linear = any(weight.ndim == 4 and weight.shape[-1] == 1 for weight in reductions)
     order = sorted(dims)
     return Arch(

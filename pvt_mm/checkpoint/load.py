@@ -1,4 +1,4 @@
-"""Weights in any published format, into a backbone."""
+"""Load weights in any published format into a backbone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from pvt_mm.checkpoint.convert import backbone_tensors, recognise_arch, to_atoms, unwrap
+from pvt_mm.checkpoint.convert import (
+    backbone_tensors,
+    recognise_arch,
+    split_backbone,
+    to_atoms,
+    unwrap,
+)
 from pvt_mm.checkpoint.key_maps import (
     CLASSIFICATION_PARTS,
     PVT_MM,
@@ -27,10 +33,10 @@ def adapt_channels(weight: Tensor, in_channels: int, mode: str) -> Tensor:
 
     Args:
         weight: (out, C, k, k).
-        in_channels: Channels that the convolution shall take.
-        mode: ``'sum'`` gives every channel the same share of the summed weights, so that a gray
-            image is answered as before; ``'repeat'`` repeats the channels in order, scaled by
-            C / in_channels to keep the size of the answer.
+        in_channels: Channels of the new convolution's input.
+        mode: ``'sum'`` gives each channel the same share of the summed weights: the output for a
+            grey image stays. ``'repeat'`` repeats the channels in order, scaled by
+            C / in_channels, which keeps the size of the output.
 
     Shape:
         weight: (out, C, k, k) -> (out, in_channels, k, k).
@@ -51,28 +57,28 @@ def load_into_backbone(
 ) -> str:
     """Rewrite, in place, the weights under a prefix to a backbone's names and shapes.
 
-    What the backbone does not have is dropped where only classification has it, as are stages. Keys
-    that no format knows stay, so that a strict load reports them.
+    Parts that only classification has, and stages that the backbone does not build, are dropped.
+    Keys that no format knows stay: a strict load reports them.
 
     Args:
-        state_dict: Weights of a whole model; under ``prefix`` in any format.
+        state_dict: Weights of a whole model; those under ``prefix`` may be in any format.
         prefix: The backbone's place in the model, such as ``'backbone.'``; empty for itself.
         target: The backbone's own state dict.
-        name: The backbone's name for messages.
-        allow_partial: Keep the backbone's own tensors where the weights have none that fit.
-        adapt_in_channels: One of ``CHANNEL_MODES``, to take weights of other image channels.
+        name: The backbone's name, for messages.
+        allow_partial: Load what fits; the other tensors keep the backbone's own values.
+        adapt_in_channels: One of ``CHANNEL_MODES``: take weights for other image channels.
 
     Returns:
         A sentence that says what was loaded and what was dropped.
 
     Raises:
-        CheckpointMismatchError: Where backbone tensors are missing, have another shape, or have no
-            place, unless ``allow_partial`` and some fit.
+        CheckpointMismatchError: Where tensors are missing, have another shape or no place in the
+            backbone, unless ``allow_partial`` is set and some fit.
     """
     own = {key.removeprefix(prefix): v for key, v in state_dict.items() if key.startswith(prefix)}
     inner = unwrap(own)
-    if not prefix and any(key.startswith('backbone.') for key in inner):
-        inner = {k.removeprefix('backbone.'): v for k, v in inner.items() if k[:9] == 'backbone.'}
+    if not prefix:
+        inner = split_backbone(inner)[0] or inner
     fmt = detect_format(list(inner)) or PVT_MM
     atoms = to_atoms(inner, fmt)
     tensors = backbone_tensors(atoms, target)
@@ -101,8 +107,8 @@ def load_into_backbone(
 
 
 def _surplus(atoms: Mapping[Atom, Any], wanted: Set[Atom]) -> list[str]:
-    """Name what the weights hold, in stages that the backbone has, beyond what it takes."""
-    surplus = [a for a in atoms if a not in wanted and not _is_dropped(a, wanted)]
+    """Name the parts that the weights have, and the backbone's stage of that number has not."""
+    surplus = [atom for atom in atoms if atom not in wanted and not _is_dropped(atom, wanted)]
     places = [f'blocks.{atom.block}' if atom.block >= 0 else atom.part for atom in surplus]
     return sorted({f'stages.{atom.stage}.{place}' for atom, place in zip(surplus, places)})
 
@@ -127,7 +133,7 @@ def _mismatch(
     target: Mapping[str, Tensor],
     surplus: Sequence[str],
 ) -> str:
-    expected = recognise_arch({a: t for k, t in target.items() for a in match(k, PVT_MM)})
+    own_atoms = {atom: own for key, own in target.items() for atom in match(key, PVT_MM)}
     wrong = []
     for key, own in target.items():
         if key not in tensors:
@@ -139,8 +145,8 @@ def _mismatch(
     found = recognise_arch(atoms)
     first = '; '.join(wrong[:3]) + ('; ...' if len(wrong) > 3 else '')
     return (
-        f'The weights do not fit {name} ({expected}): they hold {found or "no PVT backbone"}, and '
-        f'{fitting} of {len(target)} tensors fit; {first}. '
+        f'The weights do not fit {name} ({recognise_arch(own_atoms)}): they hold '
+        f'{found or "no PVT backbone"}, and {fitting} of {len(target)} tensors fit; {first}. '
         f'{_way_out(wrong)}'
     )
 

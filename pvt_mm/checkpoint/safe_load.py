@@ -1,4 +1,4 @@
-"""Files of strangers, read without running anything in them: checkpoints, pickles, YAML."""
+"""Read untrusted files without running code in them: checkpoints, pickles, YAML."""
 
 from __future__ import annotations
 
@@ -27,17 +27,13 @@ from torch import Tensor
 from pvt_mm.checkpoint.convert import unwrap
 from pvt_mm.errors import UserError
 
-#: What ``read_checkpoint`` read last, for messages about weights that do not fit.
-last_read: Path | None = None
-
-
 # What a file may name
 
 
 def _statistics(owner: Any, name: str) -> Any:
-    """Answer the attributes that mmengine's log buffers name in a checkpoint, and no others.
+    """Stand in for ``getattr``: mmengine's log buffers name four attributes in a checkpoint.
 
-    The real ``getattr`` would let a file walk from any object to any function.
+    The real one would let a file get from any object to any function.
     """
     if owner is HistoryBuffer and name in ('min', 'max', 'mean', 'current'):
         return getattr(HistoryBuffer, name)
@@ -45,10 +41,10 @@ def _statistics(owner: Any, name: str) -> Any:
 
 
 def safe_globals() -> list[Any]:
-    """Return what a training checkpoint names beyond tensors, for torch's allow-list.
+    """Return what a training checkpoint names besides tensors, for torch's allow-list.
 
-    NumPy 1 and 2 keep the same functions in different modules, and files written under one are read
-    under the other, so both names are registered.
+    NumPy 1 and 2 have the same functions in different modules. A file written under one may be
+    read under the other, so both names are registered.
     """
     array = np.empty(1)
     dtypes = {type(np.dtype(kind)) for kind in ('f4', 'f8', 'i4', 'i8', 'u1', 'b1')}
@@ -63,9 +59,8 @@ def safe_globals() -> list[Any]:
         for core in ('core', '_core')
     ]
     # The counter holds the milestones of MultiStepLR.
-    kept = [argparse.Namespace, collections.Counter, HistoryBuffer]
-    classes = [*kept, np.ndarray, np.dtype, *dtypes]
-    return [(_statistics, 'builtins.getattr'), *classes, *both]
+    others = [argparse.Namespace, collections.Counter, HistoryBuffer, np.ndarray, np.dtype]
+    return [(_statistics, 'builtins.getattr'), *others, *dtypes, *both]
 
 
 def takes_safe_globals() -> bool:
@@ -74,13 +69,13 @@ def takes_safe_globals() -> bool:
 
 
 def allow_safe_globals() -> None:
-    """Have torch's own reader take training checkpoints, where it can be told."""
+    """Have torch's own reader take training checkpoints, where it has an allow-list."""
     if takes_safe_globals():
         torch.serialization.add_safe_globals(safe_globals())
 
 
 def _load_bytes(content: bytes) -> Any:
-    """Stand in for what pickled tensors name, which would load anything."""
+    """Stand in for torch's function of that name, which would load anything."""
     return torch.load(io.BytesIO(content), weights_only=True)
 
 
@@ -95,16 +90,17 @@ def _plain_globals() -> dict[str, Any]:
         bytearray, complex, set, collections.OrderedDict, InstanceData,
         torch.Size, torch.device, torch.nn.Parameter,
     )  # fmt: skip
-    named: list[Any] = [
-        *((thing, f'{thing.__module__}.{thing.__name__}') for thing in (*functions, *classes)),
+    allowed = (
+        *functions, *classes, *safe_globals(),
         (codecs.encode, '_codecs.encode'),  # bytes, in older protocols
         (_load_bytes, 'torch.storage._load_from_bytes'),
-    ]
-    for thing in safe_globals():
-        named.append(
-            thing if isinstance(thing, tuple) else (thing, f'{thing.__module__}.{thing.__name__}')
-        )
-    return {name: thing for thing, name in named}
+    )  # fmt: skip
+    named = {}
+    for item in allowed:
+        pair = isinstance(item, tuple)
+        function, name = item if pair else (item, f'{item.__module__}.{item.__name__}')
+        named[name] = function
+    return named
 
 
 _PLAIN = _plain_globals()
@@ -114,12 +110,12 @@ _BUILDABLE = (
 )  # fmt: skip
 
 
-# The unpickler in Python: that in C would let a file set attributes of classes.
+# Python's unpickler: the one in C would let a file set attributes of classes.
 _Unpickler: Any = pickle._Unpickler
 
 
 class PlainUnpickler(_Unpickler):
-    """Unpickle numbers, text, containers, NumPy arrays and tensors; refuse anything else."""
+    """Unpickle numbers, text, containers, NumPy arrays and tensors; refuse all else."""
 
     dispatch = dict(_Unpickler.dispatch)
 
@@ -153,10 +149,10 @@ _plain_pickle = SimpleNamespace(__name__='plain_pickle', Unpickler=PlainUnpickle
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """Return the path of a checkpoint file that is there and not empty.
+    """Return the path of a checkpoint file.
 
     Raises:
-        UserError: Where it is not.
+        UserError: Where it is missing or empty.
     """
     file = Path(path).expanduser()
     try:
@@ -172,27 +168,26 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def read_checkpoint(path: str | Path, map_location: Any = 'cpu') -> dict[str, Any]:
-    """Read a checkpoint file without running any code that it may hold.
+    """Read a checkpoint file without running code that it may hold.
 
     Args:
         path: A ``.pth`` or ``.safetensors`` file.
         map_location: As in ``torch.load``.
 
     Raises:
-        UserError: Where the file is missing, damaged, no checkpoint, or wants to run code.
+        UserError: Where the file is missing, damaged or no checkpoint, or would run code.
     """
-    global last_read
-    last_read = file = find_checkpoint(path)
+    file = find_checkpoint(path)
     read: Callable[[Path, Any], Any] = _read_pickled
     if file.suffix == '.safetensors':
         read = _read_safetensors
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # of odd files; the errors here say it better
+            warnings.simplefilter('ignore')  # the errors below say more
             checkpoint = read(file, map_location)
     except ImportError as error:
         raise UserError(f'Reading {file} needs a package: pip install safetensors.') from error
-    except Exception as error:  # a damaged file makes its reader raise nearly anything
+    except Exception as error:  # on a damaged file, readers raise nearly anything
         raise UserError(f'The checkpoint {file} {_complaint(error, file)}') from error
     if not isinstance(checkpoint, dict):
         raise UserError(
@@ -202,13 +197,13 @@ def read_checkpoint(path: str | Path, map_location: Any = 'cpu') -> dict[str, An
 
 
 def _read_pickled(file: Path, map_location: Any) -> Any:
-    allow_safe_globals()  # others may have taken their own off the list, and ours with them
+    allow_safe_globals()  # other packages may have cleared the list
     try:
         return torch.load(file, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError:
         if takes_safe_globals():
             raise
-    # Torch's own list cannot be added to, so that training checkpoints need this reader.
+    # Older PyTorch has no allow-list: training checkpoints need the unpickler above.
     return torch.load(
         file, map_location=map_location, weights_only=False, pickle_module=_plain_pickle
     )
@@ -222,7 +217,7 @@ def _read_safetensors(file: Path, map_location: Any) -> dict[str, Any]:
 
 
 def _complaint(error: Exception, file: Path) -> str:
-    """Say what is wrong with a file, from its first bytes or its reader's error."""
+    """Say what is wrong with a file, by its first bytes or its reader's error."""
     if isinstance(error, PermissionError):
         return f'cannot be read: {error.strerror}.'
     refusal = _refusal(error)
@@ -231,7 +226,7 @@ def _complaint(error: Exception, file: Path) -> str:
     with file.open('rb') as content:
         start = content.read(64).lstrip().lower()
     if start.startswith(b'<'):
-        return 'is a web page, no checkpoint: the download went wrong; get it again.'
+        return 'is a web page, no checkpoint: the download failed; get it again.'
     if start.startswith(b'version https://git-lfs'):
         return 'is a pointer of Git LFS, no checkpoint; fetch the file itself with git lfs pull.'
     reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -242,11 +237,11 @@ def _complaint(error: Exception, file: Path) -> str:
 
 
 def _refusal(error: Exception) -> str:
-    """Return what a pickle asked for and was refused; empty where its error is another one."""
+    """Return what a pickle asked for and was refused; '' for other errors."""
     if not isinstance(error, pickle.UnpicklingError):
         return ''
     message = str(error)
-    # The older wording is of the reader of PyTorch 2.1.
+    # The second wording is that of PyTorch 2.1.
     named = re.search(r'(?:GLOBAL|Unsupported class) (\S+)', message)
     if named:
         return f'it asks for {named[1]}'
@@ -268,22 +263,22 @@ def check_weights(checkpoint: Mapping[str, Any], file: str | Path) -> None:
         names = ', '.join(list(weights)[:3]) or 'none'
         raise UserError(f'The checkpoint {file} holds no weights; its entries: {names}.')
     plain = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    spoilt = [
+    with_nan = [
         key
         for key, tensor in tensors.items()
         if tensor.dtype in plain and tensor.layout == torch.strided and tensor.isnan().any()
     ]
-    if spoilt:
+    if with_nan:
         raise UserError(
-            f'The checkpoint {file} holds NaN in {len(spoilt)} of {len(tensors)} tensors, such as '
-            f'{spoilt[0]}: its training went astray; take an earlier one.'
+            f'The checkpoint {file} holds NaN in {len(with_nan)} of {len(tensors)} tensors, such '
+            f'as {with_nan[0]}: its training diverged; take an earlier one.'
         )
 
 
 def drop_config(checkpoint: Mapping[str, Any]) -> None:
     """Remove, in place, the configs that a checkpoint embeds.
 
-    They are Python text, which mmengine's resume and inferencers would run.
+    They are Python code, which mmengine's resume and inferencers would run.
     """
     hub = checkpoint.get('message_hub')
     places = [checkpoint.get('meta'), hub.get('runtime_info') if isinstance(hub, dict) else None]
@@ -307,7 +302,7 @@ class PlainPickleHandler(PickleHandler):
         """
         try:
             return _plain_load(file, **kwargs)
-        except Exception as error:  # a damaged pickle makes its reader raise nearly anything
+        except Exception as error:  # on a damaged pickle, readers raise nearly anything
             reason = _refusal(error) or 'it is damaged or no pickle'
             raise UserError(
                 f'A pickle among the annotations was refused: {reason}; it may hold numbers, text, '
@@ -316,7 +311,7 @@ class PlainPickleHandler(PickleHandler):
 
 
 class _PlainLoader(getattr(yaml, 'CSafeLoader', yaml.SafeLoader)):  # type: ignore[misc]
-    """YAML's safe loader, and tuples, which mmengine writes."""
+    """YAML's safe loader, with the tuples that mmengine writes."""
 
 
 _PlainLoader.add_constructor(

@@ -28,6 +28,7 @@ from pvt_mm.config import datasets, task_of
 from pvt_mm.datasets.consistency import check_classes, is_coco
 from pvt_mm.datasets.guard import IGNORED, guard_pipeline
 from pvt_mm.errors import DataError, UserError
+from pvt_mm.tables import text_table
 
 #: The longest path that every system can open.
 LONGEST_PATH = 259
@@ -440,7 +441,7 @@ def report(findings: Sequence[Finding], images: int, longest: int | None = 10) -
         by_kind[finding.kind].append(finding)
     kinds = [kind for kind in (*STOPPING, *HARMLESS) if kind in by_kind]
     lines = []
-    rows = [('kind', 'files', 'count', 'what training does')]
+    rows = []
     for kind in kinds:
         of_kind = by_kind[kind]
         shown = of_kind if kind in STOPPING else of_kind[:longest]
@@ -451,16 +452,12 @@ def report(findings: Sequence[Finding], images: int, longest: int | None = 10) -
         effect = STOPPING.get(kind) or HARMLESS[kind]
         files = len({item.file for item in of_kind})
         rows.append((kind, str(files), str(len(of_kind)), effect))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    table = [
-        f'{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]}'
-        for row in rows
-    ]
+    table = text_table(('kind', 'files', 'count', 'what training does'), rows)
     stopping = stops(findings)
     end = f'Training would stop: {len(stopping)} of {len(findings)} findings.'
     if not stopping:
         end = f'Training would not stop on any of these {len(findings)} findings.'
-    return '\n'.join([*lines, '', *table, '', f'{images} images read. {end}'])
+    return '\n'.join([*lines, '', table, '', f'{images} images read. {end}'])
 
 
 def stops(findings: Sequence[Finding]) -> list[Finding]:

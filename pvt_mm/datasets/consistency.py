@@ -60,7 +60,8 @@ def check_classes(cfg: Config, config: str, loaders: Sequence[str]) -> None:
         UserError: Naming what to write instead.
     """
     init_default_scope(cfg.default_scope)
-    heads = dict(_num_classes(cfg.model, 'model'))
+    model = cfg.model.get('module', cfg.model)  # out of the wrapper of test-time augmentation
+    heads = dict(_num_classes(model, 'model'))
     for loader in loaders:
         for data in datasets(cfg, [loader]):
             try:

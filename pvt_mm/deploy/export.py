@@ -1,4 +1,4 @@
-"""A trained model as an ONNX file or an exported PyTorch program, with its numbers checked."""
+"""Export a trained model to ONNX or a PyTorch program, and compare the numbers."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ from torch import Tensor, nn
 from pvt_mm.apis.inference import Predictor
 from pvt_mm.errors import UserError
 
-FORMATS = ('onnx', 'pt2')
+#: Endings of the files that can be written.
+SUFFIXES = ('.onnx', '.pt2')
 
 #: The newest that torch.onnx writes without converting; onnxruntime takes it from 1.17 on.
 OPSET = 20
 
-#: Largest difference from PyTorch that passes, in standard deviations of an output.
+#: Largest difference from PyTorch that passes, over the std of an output.
 TOLERANCE = 1e-4
 
-#: What passes besides, of an output's root mean square: 32 roundings of fp32. A class score that is
-#: nearly the same everywhere has a spread not far above these.
+#: What passes in addition, over an output's root mean square: 32 roundings of fp32. A class score
+#: that is nearly the same everywhere has a std not far above these.
 ROUNDING = 2.0**-18
 
 #: Batch, height and width that the numbers are checked at. The graph is recorded at another size;
-#: 7 divides none of the last one's sides, nor those of its pyramid.
+#: 7 divides no side of the last one, nor of its feature maps.
 CHECKED = ((1, 224, 224), (2, 160, 256), (2, 165, 237))
 _RECORDED = (2, 3, 192, 320)
 
@@ -48,7 +49,7 @@ Run = Callable[[Tensor], Sequence[Tensor]]
 
 
 class Difference(NamedTuple):
-    """How far an output is from PyTorch's, in standard deviations of PyTorch's."""
+    """The difference of an output from PyTorch's, over the std of PyTorch's."""
 
     size: tuple[int, ...]
     output: str
@@ -61,15 +62,15 @@ class Difference(NamedTuple):
 
 
 class Part(nn.Module):
-    """What of a model is exported: from normalised images to named tensors.
+    """The exported part of a model: from normalised images to named tensors.
 
     Shape:
         image: (B, 3, H, W) -> tensors, each in the order of :meth:`named`.
     """
 
-    #: What the outputs are, and what is left out, for the user.
+    #: Tells the user what the outputs are, and what is left out.
     about = ''
-    #: Children of the model that the outputs come from; the file holds no others.
+    #: Children of the model that the outputs need; the others are not in the file.
     uses: tuple[str, ...] = ()
 
     def __init__(self, model: nn.Module) -> None:
@@ -98,7 +99,7 @@ class Backbone(Part):
 
 
 class Segmentor(Part):
-    """A segmentor, whole."""
+    """A whole segmentor."""
 
     about = (
         "the whole segmentor: logits resized to the input's height and width; their argmax over "
@@ -153,14 +154,14 @@ def _by_level(prefix: str, outputs: Sequence[Sequence[Tensor]]) -> dict[str, Ten
 
 
 def part_of(model: Any, what: str) -> Part:
-    """Return what is exported of a model, in evaluation and fp32.
+    """Return the part of a model that is exported, in evaluation mode and fp32.
 
     Args:
         model: A detector or segmentor.
         what: ``'backbone'`` or ``'model'``.
 
     Raises:
-        UserError: Where the model has no part that exports.
+        UserError: Where no part of the model can be exported.
     """
     if hasattr(model.backbone, 'compute_dtype'):
         model.backbone.compute_dtype = None
@@ -190,10 +191,10 @@ def _kind(model: Any) -> type[Part] | None:
 
 
 def require(file_format: str) -> None:
-    """Check that what a format needs is installed.
+    """Check that the packages of a format are installed.
 
     Raises:
-        UserError: Where it is not.
+        UserError: Where one is not.
     """
     _free_size()
     packages = ('onnx', 'onnxruntime', 'onnxscript') if file_format == 'onnx' else ()
@@ -210,7 +211,7 @@ def _free_size() -> Any:
 
 @torch.no_grad()
 def export(part: Part, file_format: str) -> bytes:
-    """Return the content of a file with a part's program, for any batch, height and width.
+    """Return the content of a file: the program of a part, for any batch, height and width.
 
     Raises:
         UserError: Where PyTorch cannot export it.
@@ -242,7 +243,10 @@ def export(part: Part, file_format: str) -> bytes:
 
 
 def _exportable(part: Part) -> Part:
-    """Return a copy of what is used, without mmseg's ``Upsample``, which makes a size fixed."""
+    """Return a copy of the part: without unused children, and without mmseg's ``Upsample``.
+
+    That class turns sizes into fixed numbers; PyTorch's own does not.
+    """
     part = copy.deepcopy(part)
     for name, _ in list(part.model.named_children()):
         if part.uses and name not in part.uses:
@@ -259,19 +263,20 @@ def _exportable(part: Part) -> Part:
 
 
 def _name_sizes(model: Any) -> None:
-    """Call the image's free sizes what they are; those of outputs are expressions of them."""
+    """Name the free sizes of the image; those of the outputs are expressions of them."""
     for place, name in ((0, 'batch'), (2, 'height'), (3, 'width')):
         old = str(model.graph.inputs[0].shape[place])
         for value in (*model.graph.inputs, *model.graph.outputs):
             shape = [
-                str(s).replace(old, name) if not isinstance(s, int) else s for s in value.shape
+                size if isinstance(size, int) else str(size).replace(old, name)
+                for size in value.shape
             ]
             value.shape = type(value.shape)(shape)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back what exporters say of other packages and of their own insides."""
+    """Hide the warnings and logs of exporters."""
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         before = logging.root.manager.disable
@@ -283,7 +288,7 @@ def _quiet() -> Iterator[None]:
 
 
 def load(content: bytes, file_format: str) -> Run:
-    """Return a function that runs a file's program on the CPU, with PyTorch's number of threads."""
+    """Return a function that runs a file's program on the CPU, with as many threads as PyTorch."""
     if file_format == 'pt2':
         return torch.export.load(io.BytesIO(content)).module()
     import onnxruntime
@@ -300,7 +305,7 @@ def load(content: bytes, file_format: str) -> Run:
 
 @torch.no_grad()
 def compare(part: Part, run: Run, images: Iterable[Tensor]) -> list[Difference]:
-    """Compare a program with the part that it was made from, output by output."""
+    """Compare a program with the part that it was exported from, output by output."""
     differences = []
     for image in images:
         expected = part.named(image.clone())
@@ -329,10 +334,10 @@ def agrees(differences: Sequence[Difference]) -> bool:
 def time_side_by_side(
     runs: dict[str, Run], size: tuple[int, int], rounds: int = 10
 ) -> dict[str, float]:
-    """Return the median milliseconds of one image, the programs taking turns.
+    """Return the median milliseconds for one image; the programs run in turns.
 
-    In each turn a program runs twice, and the second run counts: for a while, the threads of the
-    program before keep the cores busy waiting.
+    In each turn a program runs twice, and only the second run counts: at first, the threads of the
+    previous program still keep the cores busy while they wait.
     """
     image = torch.randn(1, 3, *size)
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -359,13 +364,13 @@ def find_images(places: Sequence[str]) -> list[Path]:
         inside = sorted(place.iterdir()) if place.is_dir() else [place]
         images = [file for file in inside if file.suffix.lower() in IMAGES and file.is_file()]
         if not images:
-            raise UserError(f'{place} is no image and no folder of images; name such to calibrate.')
+            raise UserError(f'{place} is no image and no folder of images; calibration needs one.')
         files += images
     return files
 
 
 def preprocessed(predictor: Predictor, files: Iterable[Path]) -> list[Tensor]:
-    """Return images as the config's test pipeline and preprocessor give them to the model.
+    """Return images as the model gets them from the config's test pipeline and preprocessor.
 
     Raises:
         UserError: Where one cannot be read.
@@ -375,7 +380,7 @@ def preprocessed(predictor: Predictor, files: Iterable[Path]) -> list[Tensor]:
 
 
 class _Reader:
-    """Hand images to onnxruntime's calibration."""
+    """Give images to onnxruntime's calibration."""
 
     def __init__(self, images: Iterable[Tensor]) -> None:
         self.images = iter(images)
@@ -386,16 +391,16 @@ class _Reader:
 
 
 def quantise(content: bytes, images: Sequence[Tensor]) -> bytes:
-    """Return an ONNX program with int8 products, calibrated on preprocessed images.
+    """Return an ONNX program with int8 matmuls and convolutions, calibrated on preprocessed images.
 
-    Weights have a scale for each channel; activations one, from their range over the images.
+    Weights have one scale per channel, activations one scale, from their range over the images.
     """
     from onnxruntime import quantization
 
     with tempfile.TemporaryDirectory() as folder, _quiet():
         plain, prepared, int8 = (Path(folder, f'{name}.onnx') for name in ('plain', 'pre', 'int8'))
         plain.write_bytes(content)
-        # Shapes stay free, so that their symbolic inference would only fail.
+        # Sizes are free: symbolic shape inference would fail.
         quantization.quant_pre_process(str(plain), str(prepared), skip_symbolic_shape=True)
         quantization.quantize_static(
             str(prepared),

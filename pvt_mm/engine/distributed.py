@@ -1,4 +1,4 @@
-"""Several processes without CUDA, started and ended."""
+"""Start and end several processes without CUDA."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from pvt_mm.errors import UserError
 
 
 def launch_gloo(cfg: Config) -> None:
-    """Start the process group here, since mmengine's own start calls CUDA."""
+    """Start the process group, and adapt a config to it: mmengine's own start calls CUDA.
+
+    Raises:
+        UserError: Where the launcher needs CUDA.
+    """
     if cfg.launcher != 'pytorch':
         raise UserError(
             f'--launcher {cfg.launcher} needs CUDA; without it, launch with tools/dist_train.sh or '
@@ -22,7 +26,7 @@ def launch_gloo(cfg: Config) -> None:
         )
     if not torch.distributed.is_initialized():
         if os.environ.get('WORLD_SIZE') == os.environ.get('LOCAL_WORLD_SIZE'):
-            # One machine: gloo need not look up the machine's name, which may lead nowhere.
+            # One machine: gloo need not look its name up, which may not resolve.
             os.environ.setdefault('GLOO_SOCKET_IFNAME', _loopback())
         torch.distributed.init_process_group('gloo')
     cfg.model_wrapper_cfg = dict(
@@ -39,11 +43,10 @@ def _loopback() -> str:
 
 
 def shutdown_distributed() -> None:
-    """End a distributed run in step, as the last act of a process.
+    """End all ranks together, as the last call of a process; over gloo it does not return.
 
-    A rank that ends first breaks the others' connections. Over gloo it does not return: what gloo's
-    threads do while the interpreter takes itself apart now and then aborts a process whose work
-    is done.
+    A rank that ends first breaks the connections of the others. The threads of gloo now and then
+    abort a process while Python shuts down, so that it is ended here at once.
     """
     if not torch.distributed.is_initialized():
         return

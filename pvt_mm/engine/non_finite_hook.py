@@ -18,15 +18,15 @@ from pvt_mm.errors import UserError
 
 @HOOKS.register_module()
 class NonFiniteHook(Hook):
-    """Stop a training whose loss or gradients are not finite, with its weights still sound.
+    """Stop a training whose loss or gradients are not finite, before its weights are spoilt.
 
-    A loss that is infinite or NaN stops it at once. Non-finite gradients alone are not applied, and
-    stop it when they come in so many updates in a row: the loss scaling of mixed precision meets
-    some while it looks for its scale, and goes without those updates too.
+    An infinite or NaN loss stops it at once. Non-finite gradients are not applied; they stop it
+    after ``patience`` updates in a row. Loss scaling in mixed precision needs this: it lowers its
+    scale until the gradients are finite.
 
     Args:
         patience: Updates in a row with non-finite gradients that stop the training. The default
-            lets loss scaling come down from its 65,536 to 1 and below.
+            allows a loss scale to fall from 65,536 to below 1.
     """
 
     priority = 'HIGH'  # before checkpoints, averages and logs
@@ -40,10 +40,12 @@ class NonFiniteHook(Hook):
         self._handle: Any = None
 
     def before_train(self, runner: Any) -> None:
-        """Look at the gradients right before each update, when they are unscaled and clipped."""
+        """Check the gradients right before each update, when they are unscaled and clipped."""
         if self._handle is not None:
             self._handle.remove()
-        if not isinstance(runner.optim_wrapper, OptimWrapperDict):  # with one, the loss must do
+        if not isinstance(
+            runner.optim_wrapper, OptimWrapperDict
+        ):  # there, only the loss is checked
             optimizer = runner.optim_wrapper.optimizer
             self._handle = optimizer.register_step_pre_hook(self._before_step)
 
@@ -52,7 +54,7 @@ class NonFiniteHook(Hook):
         self._finite = finite_gradients(parameters)
         if not self._finite:
             for parameter in parameters:
-                parameter.grad = None  # which optimisers pass over
+                parameter.grad = None  # optimisers skip it
 
     def after_train_iter(
         self,
@@ -64,7 +66,7 @@ class NonFiniteHook(Hook):
         """Stop where the loss, or too many updates in a row, were not finite.
 
         Raises:
-            UserError: Naming the iteration, its images and the ways on.
+            UserError: Naming the iteration, its images and how to go on.
         """
         finite, self._finite = self._finite, None
         losses = {name: value.item() for name, value in (outputs or {}).items() if 'loss' in name}
@@ -94,13 +96,16 @@ class NonFiniteHook(Hook):
 def finite_gradients(parameters: list[torch.nn.Parameter]) -> bool:
     """Tell whether all gradients are finite, with one synchronisation of a GPU."""
     gradients = [p.grad.detach() for p in parameters if p.grad is not None and p.grad.numel()]
-    # On a CPU a tenth of the time of isfinite; both ends carry NaN.
-    ends = [end.float() for gradient in gradients for end in torch.aminmax(gradient)]
-    return not ends or bool(torch.stack([end.to(ends[0].device) for end in ends]).isfinite().all())
+    # Minimum and maximum are NaN where one value is. On a CPU they take a tenth of isfinite's time.
+    extremes = [value.float() for gradient in gradients for value in torch.aminmax(gradient)]
+    if not extremes:
+        return True
+    stacked = torch.stack([value.to(extremes[0].device) for value in extremes])
+    return bool(stacked.isfinite().all())
 
 
 def _stopped(runner: Any, data_batch: Any, what: str) -> str:
-    """Say where a training stopped, and how to go on."""
+    """Say where a training stopped and how to go on."""
     wrapper = runner.optim_wrapper
     amp = ' without --amp' if 'Amp' in type(wrapper).__name__ else ''
     clip = ''
@@ -111,7 +116,7 @@ def _stopped(runner: Any, data_batch: Any, what: str) -> str:
     if file.is_file():
         checkpoint = file.read_text().strip()
         ways = [f'go on from it by --resume{amp}{clip}'] if amp or clip else []
-        ways.append(f'start anew from its weights with --load-from {checkpoint} {rate}')
+        ways.append(f'start again from its weights with --load-from {checkpoint} {rate}')
         place = f'The last checkpoint is {checkpoint}'
     else:
         ways = [f'start again{amp}{clip}'] if amp or clip else []

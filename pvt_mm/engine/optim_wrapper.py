@@ -1,4 +1,4 @@
-"""How single parameters of a PVT are trained: their learning rate and their weight decay."""
+"""The learning rate and weight decay of each parameter of a PVT."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
+from pvt_mm.engine.model_parts import find_backbones
 from pvt_mm.errors import UserError
-from pvt_mm.models.pyramid import PyramidBackbone
 
-#: Parameters that stand for places, not for weights: no decay under ``no_decay``.
+#: Position embeddings and class tokens: no weight decay under ``no_decay``.
 POSITIONS = ('pos_embed', 'cls_token', 'cls_position')
 
 
@@ -20,16 +20,16 @@ POSITIONS = ('pos_embed', 'cls_token', 'cls_position')
 class PVTOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """mmengine's default constructor with two more keys in ``paramwise_cfg``.
 
-    ``layer_decay_rate``: in (0, 1]; what lies n layers below the head learns at rate ** n of its
-    learning rate, which other keys may have changed. Layers are those of
-    ``PyramidBackbone.get_layer_depth``; what is not in a PVT keeps its rate. Paper:
+    ``layer_decay_rate``: in (0, 1]. A parameter n layers below the head gets rate ** n times its
+    learning rate, which other keys may have changed. ``PyramidBackbone.get_layer_depth`` counts the
+    layers; parameters outside of a PVT keep their rate. Paper:
     [BEiT](https://arxiv.org/abs/2106.08254).
 
-    ``no_decay``: where true, norms, biases and other vectors, position embeddings and class tokens
-    have no weight decay, whatever ``custom_keys`` say of the part of the model that they are in.
+    ``no_decay``: if true, norms, biases and other vectors, position embeddings and class tokens
+    have no weight decay, whatever ``custom_keys`` say about their part of the model.
 
-    It stands in mmengine's own registry, so any codebase finds it. Parameters that are trained
-    alike share one group, which the optimiser updates faster than one group each.
+    It is in mmengine's own registry: every codebase finds it. Parameters with the same settings
+    share a group, which optimisers update faster than one group each.
     """
 
     def add_params(
@@ -39,7 +39,7 @@ class PVTOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         prefix: str = '',
         is_dcn_module: int | float | None = None,
     ) -> None:
-        """Collect the parameters as mmengine does; at the whole model, apply the two keys."""
+        """Collect the parameters as mmengine does, then apply the two keys to the whole model."""
         super().add_params(params, module, prefix, is_dcn_module)
         if not prefix:
             params[:] = self._refined(params, module)
@@ -58,8 +58,8 @@ class PVTOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             is_position = name.rpartition('.')[2] in POSITIONS
             if self.paramwise_cfg.get('no_decay') and (parameter.ndim < 2 or is_position):
                 group['weight_decay'] = 0.0
-            alike = groups.setdefault(repr(sorted(group.items())), {'params': [], **group})
-            alike['params'].append(parameter)
+            same = groups.setdefault(repr(sorted(group.items())), {'params': [], **group})
+            same['params'].append(parameter)
         rates = [group['lr'] for group in groups.values()]
         print_log(
             f'{len(params)} parameters in {len(groups)} groups; '
@@ -77,18 +77,15 @@ def layer_scales(model: nn.Module, rate: float) -> dict[str, float]:
         rate: The factor from one layer to the one below.
 
     Raises:
-        UserError: Where the rate is out of range, or there is no PVT whose layers could be told.
+        UserError: Where the rate is out of range, or the model has no PVT.
     """
     if not 0.0 < rate <= 1.0:
         raise UserError(f'layer_decay_rate={rate} must be above 0 and at most 1; 0.9 is usual.')
     scales = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, PyramidBackbone):
-            continue
-        prefix = f'{name}.' if name else ''
-        for own, _ in module.named_parameters(prefix=name):
-            depth, count = module.get_layer_depth(own, prefix)
-            scales[own] = rate ** (count - 1 - depth)
+    for name, backbone in find_backbones(model).items():
+        for parameter, _ in backbone.named_parameters(prefix=name):
+            depth, count = backbone.get_layer_depth(parameter, f'{name}.' if name else '')
+            scales[parameter] = rate ** (count - 1 - depth)
     if rate < 1.0 and not scales:
         raise UserError(
             'layer_decay_rate needs the layers of a PVT or PVTv2, and the model has none; take the '

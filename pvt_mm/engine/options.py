@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from mmengine.config import Config, ConfigDict
 
@@ -13,9 +11,11 @@ from pvt_mm.checkpoint.loaders import load_from_file
 from pvt_mm.config import CODEBASES, datasets, iter_dicts, task_of
 from pvt_mm.errors import UserError
 
+# Weights
+
 
 def check_checkpoint(path: str | None) -> None:
-    """Check that a checkpoint file holds weights, before any time goes into the data.
+    """Check that a checkpoint file holds weights, before time is spent on the data.
 
     URLs and names of models are left to the loader.
 
@@ -32,12 +32,58 @@ def check_pretrained(cfg: Config) -> None:
     Raises:
         UserError: Where one holds no weights.
     """
-    for node in _pretrained(cfg):
-        check_checkpoint(node['init_cfg']['checkpoint'])
+    for part in _pretrained_parts(cfg):
+        check_checkpoint(part['init_cfg']['checkpoint'])
+
+
+def without_pretrained(cfg: Config) -> None:
+    """Remove the ``Pretrained`` initialisations of a model whose weights come from a checkpoint."""
+    for part in _pretrained_parts(cfg):
+        part['init_cfg'] = None
+
+
+def _pretrained_parts(cfg: Config) -> list[dict]:
+    """Return the parts of a config's model that are initialised from a checkpoint."""
+    found = []
+    for part in iter_dicts(cfg._cfg_dict['model']):
+        init_cfg = part.get('init_cfg')
+        if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained':
+            found.append(part)
+    return found
+
+
+# Hooks
+
+
+def add_checkpoint_hook(cfg: Config, whole: bool = False) -> None:
+    """Add PVTCheckpointHook, so that ``load_from`` of any config takes any published weights.
+
+    Args:
+        cfg: Config of a run, changed in place.
+        whole: Refuse weights of a backbone alone.
+    """
+    others = [h for h in cfg.get('custom_hooks') or [] if h.get('type') != 'PVTCheckpointHook']
+    cfg.custom_hooks = [*others, dict(type='PVTCheckpointHook', whole=whole)]
+
+
+def add_hook(cfg: Config, hook_type: str) -> None:
+    """Add a hook to a config that has none of its type."""
+    hooks = list(cfg.get('custom_hooks') or [])
+    if not any(hook.get('type') == hook_type for hook in hooks):
+        cfg.custom_hooks = [*hooks, dict(type=hook_type)]
+
+
+# Training
+
+
+def enable_amp(cfg: Config) -> None:
+    """Train in mixed precision; without CUDA, ``runtime.setup`` turns that into bf16."""
+    cfg.optim_wrapper.type = 'AmpOptimWrapper'
+    cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
 
 
 def enable_auto_scale_lr(cfg: Config) -> None:
-    """Turn on mmengine's scaling of the learning rate to the total batch.
+    """Scale the learning rate to the total batch, as mmengine does.
 
     Raises:
         UserError: Where the config does not say which batch its learning rate is for.
@@ -50,19 +96,8 @@ def enable_auto_scale_lr(cfg: Config) -> None:
     cfg.auto_scale_lr.enable = True
 
 
-def add_checkpoint_hook(cfg: Config, whole: bool = False) -> None:
-    """Add PVTCheckpointHook to a config that lacks it, so that any config's load_from works.
-
-    Args:
-        cfg: Config of a run, changed in place.
-        whole: Refuse weights of a backbone alone.
-    """
-    others = [h for h in cfg.get('custom_hooks') or [] if h.get('type') != 'PVTCheckpointHook']
-    cfg.custom_hooks = [*others, dict(type='PVTCheckpointHook', whole=whole)]
-
-
 def add_tensorboard(cfg: Config) -> None:
-    """Have mmengine's visualiser write the scalars of a config's training for TensorBoard too.
+    """Write a training's scalars for TensorBoard too.
 
     Raises:
         UserError: Where tensorboard is not installed.
@@ -77,27 +112,7 @@ def add_tensorboard(cfg: Config) -> None:
     cfg.visualizer = visualizer
 
 
-def add_hook(cfg: Config, kind: str) -> None:
-    """Add a hook to a config that has none of its type."""
-    hooks = list(cfg.get('custom_hooks') or [])
-    if not any(hook.get('type') == kind for hook in hooks):
-        cfg.custom_hooks = [*hooks, dict(type=kind)]
-
-
-def without_pretrained(cfg: Config) -> None:
-    """Remove ``Pretrained`` initialisations from a model that a checkpoint will fill anyway."""
-    for node in _pretrained(cfg):
-        node['init_cfg'] = None
-
-
-def _pretrained(cfg: Config) -> list[dict]:
-    """Return the parts of a config's model that start from a checkpoint."""
-    found = []
-    for node in iter_dicts(cfg._cfg_dict['model']):
-        init_cfg = node.get('init_cfg')
-        if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained':
-            found.append(node)
-    return found
+# Testing
 
 
 def show_predictions(cfg: Config, folder: str) -> None:
@@ -115,59 +130,17 @@ def show_predictions(cfg: Config, folder: str) -> None:
         cfg.visualizer.save_dir = folder
 
 
-def keep_predictions(cfg: Config, out: str) -> None:
-    """Have the test keep its predictions: a folder of PNGs for mmseg, else a pickle.
-
-    Raises:
-        UserError: Where ``out`` is of the other kind.
-    """
-    task = task_of(cfg, CODEBASES)
-    if task != 'mmseg':
-        if not out.endswith(('.pkl', '.pickle')):
-            raise UserError(f'--out {out}: this task writes one pickle, so end the name in .pkl.')
-        dump = 'DumpDetResults' if task == 'mmdet' else 'DumpResults'
-        cfg.test_evaluator = [*_evaluators(cfg.test_evaluator), dict(type=dump, out_file_path=out)]
-    else:
-        if out.endswith(('.pkl', '.pickle')):
-            raise UserError(f'--out {out}: segmentation writes a folder of PNGs, so name a folder.')
-        cfg.test_evaluator.update(output_dir=out, keep_results=True)
-
-
-def _evaluators(evaluator: Any) -> list[Any]:
-    return list(evaluator) if isinstance(evaluator, (list, tuple)) else [evaluator]
-
-
-def use_fast_coco_eval(cfg: Config) -> None:
-    """Have faster-coco-eval compute the COCO scores of a config, with pycocotools' results.
-
-    Raises:
-        UserError: Where the package is missing, or the config has no COCO scores.
-    """
-    if find_spec('faster_coco_eval') is None:
-        raise UserError("--fast-coco-eval needs a package: pip install 'pvt-mm[fast-eval]'.")
-    metrics = [
-        metric
-        for key in ('val_evaluator', 'test_evaluator')
-        for metric in _evaluators(cfg.get(key))
-        if metric and metric['type'] == 'CocoMetric'
-    ]
-    if not metrics:
-        raise UserError('--fast-coco-eval: the config has no CocoMetric to make faster.')
-    for metric in metrics:
-        metric['type'] = 'FastCocoMetric'
-    import_module('pvt_mm.fast_coco')  # it imports mmdet
-
-
-def enable_tta(cfg: Config, task: str) -> None:
+def enable_tta(cfg: Config) -> None:
     """Wrap the model for test-time augmentation.
 
     Raises:
         UserError: For instance segmentation, which mmdet cannot merge, and classification.
     """
+    task = task_of(cfg, CODEBASES)
     if task == 'mmpretrain':
         raise UserError('--tta serves detection and segmentation; test this config without it.')
     if task == 'mmdet':
-        if any('mask_head' in node for node in iter_dicts(cfg._cfg_dict['model'])):
+        if any('mask_head' in part for part in iter_dicts(cfg._cfg_dict['model'])):
             raise UserError(
                 '--tta: mmdet merges boxes but not instance masks; test this config without --tta.'
             )

@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-# Random numbers
-
 
 def random_state() -> dict[str, Any]:
     """Return the state of the global random generators, of types that load with weights_only."""
@@ -26,7 +24,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put the global random generators in the state that ``random_state`` returned."""
+    """Restore the state that ``random_state`` returned."""
     random.setstate(state['python'])
     kind, key, *rest = state['numpy']
     np.random.set_state((kind, key.cpu().numpy().astype(np.uint32), *rest))
@@ -37,7 +35,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """Seed the global generators of the CPU by some numbers, and put them back afterwards."""
+    """Seed the global generators of the CPU by some numbers; restore their state at the end."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     (seed,) = np.random.SeedSequence(key).generate_state(1, np.uint64).tolist()
     random.seed(seed)

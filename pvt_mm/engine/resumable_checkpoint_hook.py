@@ -1,4 +1,4 @@
-"""mmengine's checkpoint hook, with random states and files that are never half written."""
+"""mmengine's checkpoint hook, with random states and whole files only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop
 
 from pvt_mm.engine.random_state import random_state, set_random_state
-from pvt_mm.engine.samplers import ResumableBatchSampler, _FreeSkips
+from pvt_mm.engine.samplers import FreeSkips, ResumableBatchSampler
 from pvt_mm.files import PARTIAL, atomic_write
 
 
@@ -32,10 +32,10 @@ class AtomicBackend(LocalBackend):
 
 @HOOKS.register_module()
 class ResumableCheckpointHook(CheckpointHook):
-    """mmengine's hook, with the random state of every rank and always a whole checkpoint on disk.
+    """mmengine's hook, with the random state of every rank, and always a whole checkpoint on disk.
 
-    The iteration after a save draws its random numbers from the state before it, whether the
-    process is the same one or a resumed one. A validation leaves no trace in them either.
+    The iteration after a save or a validation starts from the random state that was taken before
+    it. So the random numbers of a resumed training are those of one that ran through.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -43,7 +43,7 @@ class ResumableCheckpointHook(CheckpointHook):
         self._states: list[dict[str, Any]] | None = None
 
     def before_train(self, runner: Any) -> None:
-        """Remove what a killed process left half written, and skip batches without loading them."""
+        """Remove the partial files of a killed process; skip batches without loading them."""
         super().before_train(runner)
         if is_main_process():
             for folder in {Path(self.out_dir), Path(runner.work_dir)}:
@@ -52,20 +52,20 @@ class ResumableCheckpointHook(CheckpointHook):
         loop = runner.train_loop
         batches = loop.dataloader.batch_sampler
         if isinstance(loop, IterBasedTrainLoop) and isinstance(batches, ResumableBatchSampler):
-            # Newer versions of mmengine may be told not to skip.
+            # Newer versions of mmengine have an option not to skip.
             skips = 0 if getattr(loop, 'fast_forward_on_resume', False) else batches.skipped
-            loop.dataloader_iterator = _FreeSkips(loop.dataloader_iterator, skips)
+            loop.dataloader_iterator = FreeSkips(loop.dataloader_iterator, skips)
 
     def before_val(self, runner: Any) -> None:
-        """Take the random states that the next iteration will go on from."""
+        """Take the random states for the next iteration."""
         self._take_states()
 
     def _take_states(self) -> None:
-        """Take them once after an iteration: what follows draws a different number in each run."""
+        """Take them once after an iteration: what runs in between may differ from run to run."""
         self._states = self._states or all_gather_object(random_state())
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
-        """Go on from the random state that was taken after the iteration before, if any."""
+        """Restore the random state that was taken after the last iteration, if any."""
         if self._states:
             set_random_state(self._states[get_rank()])
             self._states = None
@@ -82,18 +82,18 @@ class ResumableCheckpointHook(CheckpointHook):
             self._states = states
         elif runner._resume:
             runner.logger.warning(
-                'The checkpoint has no random state for this number of processes: the training '
-                'goes on, but not with the numbers that it would have drawn.'
+                'The checkpoint has no random states for this number of processes: the training '
+                'goes on, but its random numbers differ from those of one that ran through.'
             )
 
     def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict[str, Any]) -> None:
-        """Save, name the file in ``last_checkpoint``, and only then delete older ones."""
+        """Save, write the name into ``last_checkpoint``, and only then delete older files."""
         self._take_states()
         limit = self.max_keep_ckpts
         kept: list[int] = []
         if limit > 0:
             kept = list(dict.fromkeys([*self.keep_ckpt_ids, step]))
-            # One too many, as it is on disk; a process that resumes here deletes the first.
+            # One more than the limit, as on disk; a resumed process deletes the oldest.
             runner.message_hub.update_info('keep_ckpt_ids', kept)
         self.last_ckpt = self._path(step)
         runner.message_hub.update_info('last_ckpt', self.last_ckpt)
@@ -120,7 +120,7 @@ class ResumableCheckpointHook(CheckpointHook):
         return str(self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(step)))
 
     def _save_best_checkpoint(self, runner: Any, metrics: dict[str, Any]) -> None:
-        """Save a better checkpoint before the one that it replaces is deleted."""
+        """Save the better checkpoint before the old one is deleted."""
         replaced: list[str] = []
         self.file_backend.remove = replaced.append
         try:

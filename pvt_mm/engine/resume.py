@@ -1,9 +1,6 @@
-"""A training that is killed and resumed ends with the weights of one that never was.
+"""Exact resume: a killed and resumed training ends with the weights of one that ran through.
 
-In a script of one's own, two lines before the Runner is built do what tools/train.py does::
-
-    pvt_mm.runtime.setup(cfg)
-    pvt_mm.resume.setup(cfg)
+``build_runner`` calls ``setup``; see docs/resume.md.
 """
 
 from __future__ import annotations
@@ -28,10 +25,9 @@ from pvt_mm.errors import DataError, UserError
 def setup(cfg: Config) -> None:
     """Make a training resumable, in place: data order, random numbers, whole checkpoint files.
 
-    Call it after ``pvt_mm.runtime.setup``. Where ``cfg.resume`` is set, it also chooses the
-    checkpoint: ``cfg.load_from``, or with ``'auto'`` or without ``load_from`` the newest whole one
-    in the work dir. With ``'auto'``, where there is none yet, the training starts from
-    ``load_from``.
+    With ``cfg.resume``, it also chooses the checkpoint: ``cfg.load_from``, or the newest whole one
+    in the work dir if ``resume`` is ``'auto'`` or there is no ``load_from``. With ``'auto'`` and no
+    checkpoint yet, the training starts from ``load_from``.
 
     Args:
         cfg: The config that a Runner will be built from.
@@ -56,7 +52,7 @@ def setup(cfg: Config) -> None:
 
 
 def _resumed_meta(cfg: Config) -> dict[str, Any]:
-    """Choose the checkpoint to resume from, and return what it says about itself."""
+    """Choose the checkpoint to resume from, and return its ``meta``."""
     if not cfg.get('resume'):
         return {}
     if cfg.resume != 'auto' and cfg.get('load_from'):
@@ -71,7 +67,7 @@ def _resumed_meta(cfg: Config) -> dict[str, Any]:
 
 
 def _keep_seed(cfg: Config, seed: int) -> None:
-    """Use a checkpoint's seed from the start; mmengine does so only after it shuffled the data."""
+    """Use a checkpoint's seed from the start; mmengine sets it only after the data are shuffled."""
     randomness = dict(cfg.get('randomness') or {})
     if randomness.get('seed') not in (None, seed):
         print_log(
@@ -81,7 +77,7 @@ def _keep_seed(cfg: Config, seed: int) -> None:
 
 
 def _use_resumable_hook(cfg: Config) -> None:
-    """Put the hook below in the place of mmengine's own, named in the config or its default."""
+    """Replace mmengine's CheckpointHook, named in the config or mmengine's default."""
     hooks = dict(cfg.get('default_hooks') or {})
     hook = hooks.get('checkpoint', dict(type='CheckpointHook', interval=1))
     own = ('CheckpointHook', 'mmengine.CheckpointHook', CheckpointHook)
@@ -99,28 +95,28 @@ def _use_resumable_hook(cfg: Config) -> None:
 def latest_valid(work_dir: str | Path) -> tuple[str, dict[str, Any]] | None:
     """Return the newest whole checkpoint of a work dir and its content; None where there is none.
 
-    It is the one that ``last_checkpoint`` names, here or where the work dir was before, or else the
-    one written last. Damaged ones are reported and passed over.
+    It is the one that ``last_checkpoint`` names, also after the work dir was moved, or else the one
+    written last. Damaged ones are logged and left out.
 
     Raises:
-        UserError: Where all of them are damaged.
+        UserError: Where all are damaged.
     """
     files = _checkpoints(Path(work_dir))
     for file in files:
         try:
             return str(file), read_training(file)
         except UserError as error:
-            print_log(f'Passed over for an older one: {error}', 'current', logging.WARNING)
+            print_log(f'An older checkpoint is used: {error}', 'current', logging.WARNING)
     if files:
         raise UserError(
-            f'None of the {len(files)} checkpoints in {work_dir} is whole; start anew without '
+            f'None of the {len(files)} checkpoints in {work_dir} is whole; start again without '
             '--resume.'
         )
     return None
 
 
 def _checkpoints(work_dir: Path) -> list[Path]:
-    """Return the checkpoints of a work dir: the one named in it, then the others by age."""
+    """Return the checkpoints of a work dir: the one it names, then the others, newest first."""
     note = work_dir / 'last_checkpoint'
     last = Path(note.read_text().strip()) if note.is_file() else Path()
     named = [file for file in (work_dir / last.name, last) if file.is_file()][:1]
@@ -130,7 +126,7 @@ def _checkpoints(work_dir: Path) -> list[Path]:
 
 
 def read_training(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint that a training can go on from, checked to the last byte.
+    """Read a checkpoint that a training can resume from; all of its bytes are checked.
 
     Raises:
         UserError: Where it is damaged, or holds weights alone.
@@ -169,7 +165,7 @@ def _check_sums(file: Path) -> None:
 
 @contextlib.contextmanager
 def clear_errors(work_dir: str | Path) -> Iterator[None]:
-    """Turn what a file system may do to a training into one sentence with the way on.
+    """Turn errors of files in a training into one sentence that says how to go on.
 
     Args:
         work_dir: The training's own.
@@ -179,22 +175,22 @@ def clear_errors(work_dir: str | Path) -> Iterator[None]:
     """
     try:
         yield
-    except (EOFError, ConnectionError) as error:  # the pipe of a worker that died sending a batch
+    except (EOFError, ConnectionError) as error:  # the pipe of a worker that died
         raise UserError(
-            f'The training in {work_dir} stopped: a process that loads data exited unexpectedly, '
-            'as the system ends one for want of memory; go on with --resume and, by '
-            '--cfg-options, a smaller train_dataloader.num_workers.'
+            f'The training in {work_dir} stopped: a process that loads data was ended, perhaps for '
+            'lack of memory; go on with --resume and, by --cfg-options, a smaller '
+            'train_dataloader.num_workers.'
         ) from error
     except DataError as error:
-        raise UserError(f'{error} Mend that, {_way_on(work_dir)}.') from error
+        raise UserError(f'{error} Mend that, {_next_step(work_dir)}.') from error
     except OSError as error:
         raise UserError(
             f'The training in {work_dir} stopped ({_reason(error)}); '
-            f'mend that, {_way_on(work_dir)}.'
+            f'mend that, {_next_step(work_dir)}.'
         ) from error
 
 
-def _way_on(work_dir: str | Path) -> str:
+def _next_step(work_dir: str | Path) -> str:
     note = Path(work_dir) / 'last_checkpoint'
     if not note.is_file():
         return 'then start it again'

@@ -1,6 +1,6 @@
-"""What mmengine lacks on today's PyTorch: safe files, CPU launches, bf16 on a CPU.
+"""What mmengine lacks on today's PyTorch: safe reading, launches on CPUs, bf16 on a CPU.
 
-One line in a script of one's own does what the bundled tools do::
+``build_runner`` calls ``setup``. A script that builds its own Runner or inferencer calls it too::
 
     pvt_mm.runtime.setup(cfg)
 """
@@ -28,10 +28,10 @@ __all__ = ['UserError', 'read_checkpoint', 'setup', 'shutdown_distributed']
 def setup(cfg: Config | None = None) -> None:
     """Make mmengine read files safely and run without CUDA.
 
-    Without ``cfg`` it makes the reading of checkpoints, pickles and YAML safe, nothing else. With
-    it, a config about to be run is looked through for data that would be read unsafely all the
-    same, and adapted in place where there is no CUDA: ``SyncBN`` becomes ``BN``, mixed precision
-    runs in bf16, and a distributed launch talks over gloo.
+    Without ``cfg``, checkpoints, pickles and YAML are read safely from now on, and nothing else
+    changes. With it, data that would still be read unsafely are refused. Without CUDA, the config
+    is also adapted in place: ``SyncBN`` becomes ``BN``, mixed precision runs in bf16, and a
+    distributed launch uses gloo.
 
     Args:
         cfg: The config that a Runner will be built from.
@@ -50,9 +50,9 @@ def setup(cfg: Config | None = None) -> None:
 
 
 def _refuse_unsafe_data(cfg: Any) -> None:
-    """Refuse what mmseg and mmdet read by a pickle of their own, past mmengine's readers.
+    """Refuse files that mmseg and mmdet unpickle themselves, without mmengine's readers.
 
-    Checked in the config, since the reading is done in other processes.
+    The config is checked, because other processes do the reading.
     """
     for node in iter_dicts(cfg):
         if node.get('decode_backend') == 'pickle':
@@ -71,7 +71,7 @@ def _refuse_pickled_array(root: str, name: str) -> None:
             raise ValueError('it is not on this machine')
         np.load(file, allow_pickle=False)
     except FileNotFoundError:
-        return  # reported as missing data
+        return  # check_data reports it
     except (ValueError, EOFError, OSError) as error:
         raise UserError(
             f'{file} may run code when it is read ({error}); have a local file, written by '
@@ -96,7 +96,7 @@ def _adapt_to_cpu(cfg: Config) -> None:
 
 
 def _fuses_on_cpu() -> bool:
-    """Tell whether PyTorch has fused optimisers for the CPU, as from 2.4 on."""
+    """Tell whether PyTorch has fused optimisers for the CPU: from 2.4 on."""
     return digit_version(torch.__version__.split('+')[0]) >= digit_version('2.4.0')
 
 
@@ -104,7 +104,7 @@ def _compute_in_bf16(cfg: Config) -> None:
     """Turn mixed precision, which mmengine has for GPUs only, into bf16 in every PVT.
 
     Necks and heads stay in fp32: mmcv's RoIAlign and NMS have no bf16 on a CPU. bf16 has the range
-    of fp32, so no loss is scaled.
+    of fp32 and needs no loss scaling.
     """
     backbones = [
         node

@@ -1,4 +1,4 @@
-"""Batches that go on from any iteration, with the same random numbers."""
+"""Batches that resume at any iteration, with the same random numbers."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pvt_mm.engine.random_state import seeded
 
 
 class SeededBatch:
-    """The indices of a batch, each with random numbers of its own.
+    """The indices of a batch, which seed the random generators for each sample.
 
-    A DataLoader takes the indices one by one and fetches a sample before it takes the next. What
-    augments that sample draws from generators seeded by the batch's key and the sample's place in
-    it, in whatever worker and after whatever else.
+    A DataLoader takes the indices one by one and loads a sample before it takes the next index. The
+    seed is the batch's key and the sample's place in it: neither the worker nor earlier samples
+    change the random numbers of a sample.
     """
 
     def __init__(self, indices: list[int], key: tuple[int, ...]) -> None:
@@ -37,14 +37,14 @@ class SeededBatch:
 
 @DATA_SAMPLERS.register_module()
 class ResumableBatchSampler(BatchSampler):
-    """Batches of a sampler that can go on from any iteration, without loading what came before.
+    """Batches of a sampler that can resume at any iteration, without loading the earlier ones.
 
     Args:
         sampler: Yields indices; ``set_epoch`` is called where it has one.
-        batch_size: Samples a batch.
+        batch_size: Samples per batch.
         drop_last: Leave out a last batch that is smaller.
-        batch_sampler: Config of another batch sampler, that groups the indices in its own way.
-        endless: Go through the sampler again and again, as a loop by iterations does.
+        batch_sampler: Config of another batch sampler, which groups the indices in its own way.
+        endless: Repeat the sampler without end, for a loop by iterations.
         epoch: Finished epochs of the training.
         iteration: Finished iterations of the training.
     """
@@ -95,10 +95,11 @@ class ResumableBatchSampler(BatchSampler):
                 return
 
 
-class _FreeSkips:
-    """The batches of a loop by iterations, for which skipping the first ones costs nothing.
+class FreeSkips:
+    """An iterator over batches whose first ones are skipped at no cost.
 
-    The loop takes and drops what was trained before; the sampler has left that out already.
+    A resumed loop by iterations takes and drops the batches that were trained before. The sampler
+    has left them out already, so that None stands for each.
     """
 
     def __init__(self, batches: Iterator[Any], skips: int) -> None:

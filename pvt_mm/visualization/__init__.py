@@ -1,1 +1,1 @@
-"""Pictures: features, attention, predictions, training curves."""
+"""Pictures of features, attention, predictions and training curves."""

@@ -1,4 +1,4 @@
-"""The attention that a PVT's fast path never writes down: its weights, and what they lie over."""
+"""Attention weights, which the fast path never stores, and the area that they cover."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pvt_mm.models.layers import SpatialReductionAttention
 from pvt_mm.models.pyramid import PyramidBackbone
 
 
 class Attention(NamedTuple):
-    """What attention mixes.
+    """Weights and values of an attention.
 
     Attributes:
         weights: (B, heads, queries, keys); each row sums to 1.
@@ -50,7 +50,7 @@ def explicit_attention(
     Args:
         attn: The attention of a block.
         x: Normalised tokens.
-        queries: Tokens that ask, counted row by row; all by default, whose matrix may be large.
+        queries: Query tokens, counted row by row; all by default, whose matrix may be large.
 
     Shape:
         x: (B, H, W, dim).
@@ -78,9 +78,9 @@ def attention_output(attn: SpatialReductionAttention, attention: Attention) -> T
 
 
 def keyed_tokens(attn: SpatialReductionAttention, height: int, width: int) -> tuple[int, int]:
-    """Return how many rows and columns of an H x W token grid the keys are made of.
+    """Return how many rows and columns of an H x W token grid the keys cover.
 
-    Cells of sr_ratio x sr_ratio tokens leave out what is over at the lower and the right edge.
+    Cells of sr_ratio x sr_ratio tokens leave out a rest at the lower and the right edge.
     """
     if attn.sr_mode == 'linear' or attn.sr is None:
         return height, width
@@ -88,14 +88,9 @@ def keyed_tokens(attn: SpatialReductionAttention, height: int, width: int) -> tu
     return height // ratio * ratio, width // ratio * ratio
 
 
-def find_backbone(model: nn.Module) -> PyramidBackbone | None:
-    """Return the first PVT of a model."""
-    return next((m for m in model.modules() if isinstance(m, PyramidBackbone)), None)
-
-
 @torch.no_grad()
 def trace_stages(backbone: PyramidBackbone, image: Tensor) -> list[StageTrace]:
-    """Run a backbone on one image and keep what each stage and its last attention see.
+    """Run a backbone on one image; keep each stage's output and the input of its last attention.
 
     Shape:
         image: (1, in_channels, H, W).

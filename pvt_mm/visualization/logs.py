@@ -1,8 +1,11 @@
-"""What trainings logged: curves, figures and pictures of one or several work dirs."""
+"""What trainings logged: figures and curves of one or several work dirs.
+
+mmdet's analyze_logs plots keys of single log files. This joins the starts of a resumed training,
+puts scores at their iterations, and compares trainings in a table.
+"""
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import statistics
@@ -33,9 +36,9 @@ STYLE: Any = {
     'xtick.color': MUTED,
     'ytick.color': MUTED,
 }
-#: Scores by the end of their names, the most telling first; higher is better.
+#: Scores by the end of their names, the most important first; higher is better.
 MAIN_SCORES = ('bbox_mAP', 'segm_mAP', 'mIoU', 'PQ', 'accuracy/top1', 'mAcc', 'aAcc')
-#: What an evaluation logs besides its scores.
+#: What an evaluation logs besides scores.
 NO_SCORES = ('step', 'time', 'data_time', 'epoch', 'iter', 'memory')
 
 Curve = list[tuple[int, float]]
@@ -43,13 +46,13 @@ Curve = list[tuple[int, float]]
 
 @dataclass
 class Run:
-    """A training, with all its starts joined.
+    """A training with all its starts joined.
 
     Args:
         name: For legends and tables.
-        steps: What was logged of its iterations, by iteration.
-        scores: What its evaluations logged, by iteration.
-        skipped: Lines that could not be read.
+        steps: Log entries of the training, by iteration.
+        scores: Log entries of evaluations, by iteration.
+        skipped: Number of lines that could not be read.
     """
 
     name: str
@@ -58,12 +61,12 @@ class Run:
     skipped: int = 0
 
     def curve(self, key: str) -> Curve:
-        """Return (iteration, value) of whatever was logged as ``key``, in order."""
+        """Return (iteration, value) of what was logged as ``key``, in order."""
         rows = self.steps if any(key in row for row in self.steps.values()) else self.scores
         return [(step, float(rows[step][key])) for step in sorted(rows) if _number(rows[step], key)]
 
     def score_names(self) -> list[str]:
-        """Return the main scores of the evaluations, or the first of any where there is none."""
+        """Return the main scores of the evaluations; without one, their first score."""
         names = {
             key: None
             for row in self.scores.values()
@@ -78,12 +81,12 @@ class Run:
 
 
 def read_run(work_dir: str | Path, name: str = '') -> Run:
-    """Read what mmengine logged of a training, with every start of it that was resumed.
+    """Read what mmengine logged in a training and in its resumed starts.
 
-    A later start replaces what an earlier one had logged from the same iteration on.
+    A later start replaces the entries of earlier ones from its first iteration on.
 
     Args:
-        work_dir: That of a training.
+        work_dir: Of a training.
         name: For legends and tables (default: the folder's).
 
     Raises:
@@ -116,7 +119,7 @@ def _join(run: Run, file: Path) -> None:
         run.steps = {step: row for step, row in run.steps.items() if step < first}
         run.scores = {step: row for step, row in run.scores.items() if step < first}
         last = max(run.steps, default=0)
-    # Evaluations of trainings by epoch count epochs, so the iteration before them is theirs.
+    # In trainings by epoch, evaluations log the epoch: they get the iteration before them.
     by_epoch = any('epoch' in entry for entry in entries)
     for entry in entries:
         if 'loss' in entry:
@@ -127,7 +130,7 @@ def _join(run: Run, file: Path) -> None:
 
 
 def _entries(file: Path) -> tuple[list[dict[str, Any]], int]:
-    """Return the entries of a file, and the number of lines that are none."""
+    """Return the entries of a file and the number of its broken lines."""
     entries, skipped = [], 0
     for line in file.read_text(encoding='utf-8', errors='replace').splitlines():
         if not line.strip():
@@ -148,7 +151,7 @@ def _number(row: dict[str, Any], key: str) -> bool:
 
 
 def run_names(work_dirs: Sequence[str | Path]) -> list[str]:
-    """Return the shortest ends of paths that tell them apart."""
+    """Return the shortest ends of paths that differ from each other."""
     paths = [Path(work_dir).resolve() for work_dir in work_dirs]
     for length in range(1, max(len(path.parts) for path in paths)):
         names = ['/'.join(path.parts[-length:]) for path in paths]
@@ -161,7 +164,7 @@ def run_names(work_dirs: Sequence[str | Path]) -> list[str]:
 
 
 def summary(run: Run) -> dict[str, Any]:
-    """Return the figures of a run; None where nothing was logged of one."""
+    """Return the figures of a run; None for what was not logged."""
     losses = run.curve('loss')
     finite = [(value, step) for step, value in losses if math.isfinite(value)]
     times = [value for _, value in run.curve('time') if math.isfinite(value)]
@@ -188,7 +191,7 @@ def summary(run: Run) -> dict[str, Any]:
 
 
 def _hours(run: Run) -> float:
-    """Return the time in training; each entry's is a mean over the iterations since the last."""
+    """Return the hours in training: an entry's time is a mean since the last entry."""
     total, last = 0.0, 0
     for step, seconds in run.curve('time'):
         total += (step - last) * seconds if math.isfinite(seconds) else 0.0
@@ -196,13 +199,13 @@ def _hours(run: Run) -> float:
     return total / 3600
 
 
-def table_rows(runs: Iterable[Run]) -> list[tuple[str, ...]]:
-    """Return a heading and a row of text for each run."""
-    head = (
+def table(runs: Iterable[Run]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return the names of the columns, and a row of text for each run."""
+    head: tuple[str, ...] = (
         'run', 'iterations', 'epochs', 'loss first', 'last', 'min', 'best score', 's/iteration',
         'hours', 'MB peak',
     )  # fmt: skip
-    rows: list[tuple[str, ...]] = [head]
+    rows: list[tuple[str, ...]] = []
     for run in runs:
         row = summary(run)
         best = [
@@ -210,42 +213,31 @@ def table_rows(runs: Iterable[Run]) -> list[tuple[str, ...]]:
             for key in run.score_names()
             if f'best {key}' in row
         ]
-        rows.append(
-            (
-                run.name,
-                str(row['iterations']),
-                _text(row['epochs'], 'd'),
-                _text(row['first_loss'], '.4g'),
-                _text(row['last_loss'], '.4g'),
-                _text(row['min_loss'], '.4g'),
-                ', '.join(best) or '-',
-                _text(row['seconds_per_iteration'], '.3f'),
-                _text(row['hours'], '.2f'),
-                _text(row['peak_memory_mb'], '.0f'),
-            )
+        cells = (
+            run.name,
+            str(row['iterations']),
+            _text(row['epochs'], 'd'),
+            _text(row['first_loss'], '.4g'),
+            _text(row['last_loss'], '.4g'),
+            _text(row['min_loss'], '.4g'),
+            ', '.join(best) or '-',
+            _text(row['seconds_per_iteration'], '.3f'),
+            _text(row['hours'], '.2f'),
+            _text(row['peak_memory_mb'], '.0f'),
         )
-    return rows
+        rows.append(cells)
+    return head, rows
 
 
 def _text(value: Any, form: str) -> str:
     return '-' if value is None else format(value, form)
 
 
-def write_csv(runs: Iterable[Run], file: str | Path) -> None:
-    """Write the figures of runs, one row a run."""
-    rows = [summary(run) for run in runs]
-    names = list(dict.fromkeys(key for row in rows for key in row))
-    with open(file, 'w', newline='', encoding='utf-8') as stream:
-        writer = csv.DictWriter(stream, names)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 # Pictures
 
 
 def plot_runs(runs: Sequence[Run], out: str | Path) -> None:
-    """Draw what runs logged side by side: a panel a quantity, a colour a run."""
+    """Draw what runs logged: one panel per quantity, one colour per run."""
     scores = list(dict.fromkeys(key for run in runs for key in run.score_names()))
     scores.sort(key=lambda key: next(
         (i for i, end in enumerate(MAIN_SCORES) if key.endswith(end)), len(MAIN_SCORES)
@@ -284,7 +276,7 @@ def plot_runs(runs: Sequence[Run], out: str | Path) -> None:
 
 
 def plot_curve(axes: Any, curve: Curve, colour: str = ACCENT, marked: bool = False) -> None:
-    """Draw a curve; a long one faintly, with its running median over it."""
+    """Draw a curve; a long one in a light colour, with its running median over it."""
     if not curve:
         return
     steps, values = zip(*curve)

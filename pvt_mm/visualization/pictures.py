@@ -1,4 +1,4 @@
-"""Pictures of what a trained detector or segmentor sees: features, attention, predictions."""
+"""Pictures of a trained detector or segmentor: features, attention, predictions."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from mmengine.registry import DATASETS, init_default_scope
 from pvt_mm.apis.inference import Predictor, read_pixels
 from pvt_mm.config import datasets
 from pvt_mm.datasets.consistency import category_names, check_data
+from pvt_mm.engine.model_parts import find_backbones
 from pvt_mm.errors import UserError
 from pvt_mm.visualization.attention import (
     StageTrace,
     explicit_attention,
-    find_backbone,
     keyed_tokens,
     trace_stages,
 )
@@ -32,10 +32,10 @@ from pvt_mm.visualization.attention import (
 Point = tuple[int, int]
 
 INK, MARK = '#1f2933', '#00c2ff'
-#: Colours of a map over a grey image, from its least value to its largest: low ones let it through.
+#: Colours of a map over a grey image, by value from 0 to 1: low values are more transparent.
 LUT = (matplotlib.colormaps['inferno'](np.linspace(0.1, 1, 256)) * 255).round().astype(np.uint8)
 LUT[:, 3] = np.linspace(90, 235, 256)
-#: Longer side, in pixels, that pictures of an image have.
+#: Longer side of a picture, in pixels.
 SIDE = 640
 
 
@@ -44,7 +44,7 @@ class StageView(NamedTuple):
 
     Attributes:
         trace: What the stage computed.
-        cell: Height and width of a token, as parts of the image's.
+        cell: Height and width of a token, as fractions of the image's.
     """
 
     trace: StageTrace
@@ -65,12 +65,12 @@ class StageView(NamedTuple):
 
     @property
     def key_extent(self) -> tuple[float, float]:
-        """Height and width of what the keys lie over, as parts of the image's."""
+        """Height and width of the area that the keys cover, as fractions of the image's."""
         rows, columns = keyed_tokens(self.trace.attn, *self.trace.feature.shape[:2])
         return rows * self.cell[0], columns * self.cell[1]
 
     def token_at(self, x: float, y: float) -> Point:
-        """Return the row and column of the token at a place given as parts of the image."""
+        """Return the row and column of the token at a point, given as fractions of the image."""
         rows, columns = self.grid
         return min(int(y / self.cell[0]), rows - 1), min(int(x / self.cell[1]), columns - 1)
 
@@ -85,7 +85,7 @@ class StageView(NamedTuple):
 
 
 class View(NamedTuple):
-    """An image and what each stage makes of it.
+    """An image and the outputs of each stage for it.
 
     Attributes:
         name: The image's name.
@@ -105,8 +105,8 @@ def view_image(predictor: Predictor, image: str | Path) -> View:
     Raises:
         UserError: Where the image cannot be read, or the model has no PVT.
     """
-    backbone = find_backbone(predictor.model)
-    if backbone is None:
+    backbones = list(find_backbones(predictor.model).values())
+    if not backbones:
         raise UserError(
             'The config has no PVT or PVTv2 whose attention could be drawn; put one into it with '
             'tools/model_converters/swap_backbone.py, and train it.'
@@ -117,7 +117,7 @@ def view_image(predictor: Predictor, image: str | Path) -> View:
     height, width = _network_size(predictor, data['data_samples'].metainfo)
     stages = [
         StageView(trace, (trace.stride / height, trace.stride / width))
-        for trace in trace_stages(backbone, batch['inputs'])
+        for trace in trace_stages(backbones[0], batch['inputs'])
     ]
     return View(Path(image).name, pixels, stages)
 
@@ -132,7 +132,7 @@ def _network_size(predictor: Predictor, meta: dict[str, Any]) -> tuple[float, fl
 
 
 def parse_point(text: str | None, pixels: np.ndarray) -> Point:
-    """Return the column and row of a pixel given as ``X,Y``; of the middle one for None.
+    """Return the column and row of a pixel given as ``X,Y``; None stands for the middle.
 
     Raises:
         UserError: Where it is no point, or outside of the image.
@@ -171,13 +171,13 @@ def spread(
     size: tuple[int, int],
     interpolation: int = cv2.INTER_LINEAR,
 ) -> np.ndarray:
-    """Resize a map to the part of the image that it lies over; what it does not reach is 0.
+    """Resize a map to the area of the image that it covers; the rest is 0.
 
     Args:
         values: The map, (h, w) or (h, w, C).
-        extent: Height and width of what it lies over, as parts of the image's.
+        extent: Height and width of that area, as fractions of the image's.
         size: Height and width of the result.
-        interpolation: OpenCV's way of resizing.
+        interpolation: OpenCV's interpolation.
     """
     height, width = (max(round(part * side), 1) for part, side in zip(extent, size))
     wide = cv2.resize(values.astype(np.float32), (width, height), interpolation=interpolation)
@@ -188,7 +188,7 @@ def spread(
 
 
 def overlay(pixels: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Lay a map of values in 0..1 over an image of the same size, in the colours of ``LUT``."""
+    """Draw a map of values in 0..1 over an image of the same size, in the colours of ``LUT``."""
     grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)[:, :, None].astype(np.float32)
     colours = LUT[(np.clip(values, 0, 1) * 255).round().astype(int)].astype(np.float32)
     alpha = colours[:, :, 3:] / 255
@@ -204,16 +204,16 @@ def principal_colours(feature: np.ndarray) -> np.ndarray:
     height, width, channels = feature.shape
     tokens = feature.reshape(-1, channels).astype(np.float64)
     tokens = tokens - tokens.mean(0)
-    _, directions = np.linalg.eigh(tokens.T @ tokens)  # the variance rises from column to column
+    _, directions = np.linalg.eigh(tokens.T @ tokens)  # by rising variance
     components = np.zeros((height * width, 3))
     for i, direction in enumerate(directions.T[::-1][:3]):
-        # A direction's sign is arbitrary: the largest weight is made positive.
+        # The sign of a direction is arbitrary: the largest weight is made positive.
         components[:, i] = tokens @ (direction * np.sign(direction[np.abs(direction).argmax()]))
     return unit_range(components.reshape(height, width, 3))
 
 
 def unit_range(values: np.ndarray) -> np.ndarray:
-    """Stretch each channel of a (H, W, C) map to 0..1, but for its 2% least and largest."""
+    """Scale each channel of a (H, W, C) map to 0..1, and clip the lowest and highest 2%."""
     low, high = np.percentile(values, (2, 98), axis=(0, 1))
     span = np.where(high - low > 1e-9, high - low, 1.0)
     return np.clip((values - low) / span, 0, 1)
@@ -223,7 +223,7 @@ def unit_range(values: np.ndarray) -> np.ndarray:
 
 
 def plot_features(view: View, out_file: Path) -> None:
-    """Draw each stage's principal components as colours, and its mean over the channels."""
+    """Draw each stage's principal components as colours, and the mean of its channels."""
     pixels = resize_to_side(view.pixels)
     figure, axes = _panels(2, len(view.stages) + 1, pixels.shape, 2.5)
     _show(axes[0, 0], pixels, 'image')
@@ -273,7 +273,7 @@ def plot_attention(view: View, point: Point, out_file: Path) -> None:
 
 
 def _panels(rows: int, columns: int, shape: tuple[int, ...], width: float) -> tuple[Figure, Any]:
-    """Make a grid of empty panels, each so many inches wide and as high as an image needs."""
+    """Make a grid of empty panels, each ``width`` inches wide and high enough for an image."""
     height = width * shape[0] / shape[1] + 0.45
     figure = Figure((width * columns, height * rows), dpi=110, layout='constrained')
     axes = figure.subplots(rows, columns, squeeze=False)
@@ -290,7 +290,7 @@ def _show(axes: Any, pixels: np.ndarray, title: str = '') -> None:
 def _mark(
     axes: Any, stage: StageView, token: Point, place: tuple[float, float], shape: tuple[int, ...]
 ) -> None:
-    """Mark a place, given as parts of the image, and the token that it is in."""
+    """Mark a point, given as fractions of the image, and the token that it is in."""
     height, width = shape[:2]
     down, across = stage.cell[0] * height, stage.cell[1] * width
     corner = token[1] * across - 0.5, token[0] * down - 0.5
@@ -307,24 +307,24 @@ def plot_predictions(
     out_file: Path,
     score_thr: float = 0.3,
 ) -> None:
-    """Draw what was found beside the image and, where there is one, the ground truth.
+    """Draw an image, its ground truth if there is one, and its predictions, side by side.
 
     Args:
-        predictor: What found it.
+        predictor: Of the predictions.
         pixels: The image as RGB.
         result: What the predictor returned.
         truth: What :func:`find_truth` returned.
         out_file: The picture to write.
-        score_thr: Least score of boxes drawn.
+        score_thr: Boxes below this score are not drawn.
     """
-    # The codebases draw text of a fixed size: a small image is enlarged before.
+    # The codebases draw text of a fixed size, so that a small image is enlarged first.
     factor = max(SIDE // max(pixels.shape[:2]), 1)
     large = cv2.resize(pixels, None, fx=factor, fy=factor, interpolation=cv2.INTER_LINEAR)
     pictures = {'image': large}
     if truth is not None:
         annotated = _enlarged(truth, factor, 'gt')
         if 'masks' in annotated.get('gt_instances', ()) and 'masks' not in result.pred_instances:
-            del annotated.gt_instances.masks  # the model finds boxes alone
+            del annotated.gt_instances.masks  # the model finds boxes only
         pictures['ground truth'] = _drawn(predictor, large, annotated, 'gt')
     options = {'pred_score_thr': score_thr} if predictor.task == 'mmdet' else {}
     title = f'prediction, scores from {score_thr:.0%}' if options else 'prediction'
@@ -346,11 +346,11 @@ def _drawn(
 
 
 def _enlarged(sample: Any, factor: int, kind: str) -> Any:
-    """Return a copy of a data sample for an image so many times as large.
+    """Return a copy of a data sample, scaled for an enlarged image.
 
     Args:
         sample: A data sample of mmdet or mmseg.
-        factor: How many times.
+        factor: How many times larger the image is.
         kind: ``'gt'`` or ``'pred'``.
     """
     sample = sample.cpu()
@@ -379,8 +379,8 @@ def find_truth(cfg: Config, image: str | Path, ann_file: str | None = None) -> A
 
     Args:
         cfg: The predictor's config.
-        image: The image file; it is looked up by its name and its size.
-        ann_file: A COCO file to look into; by default the config's test and validation sets.
+        image: The image file; it is searched by its name and size.
+        ann_file: A COCO file to search; by default the config's test and validation sets.
 
     Raises:
         UserError: Where ``ann_file`` cannot be used, or does not list the image.
@@ -389,8 +389,10 @@ def find_truth(cfg: Config, image: str | Path, ann_file: str | None = None) -> A
     height, width = read_pixels(image).shape[:2]
     for data in _sources(cfg, ann_file):
         dataset = DATASETS.build(dict(data, lazy_init=True, pipeline=[]))
-        entries = [e for e in dataset.load_data_list() if _is_of(e, image, height, width)]
-        if len(entries) == 1:  # of several, none can be told to be the one
+        entries = [
+            entry for entry in dataset.load_data_list() if _is_of(entry, image, height, width)
+        ]
+        if len(entries) == 1:  # of several, none is known to be the one
             sample = _load_truth(entries[0], image, cfg.default_scope)
             if 'gt_sem_seg' not in sample or sample.gt_sem_seg.shape == (height, width):
                 return sample
@@ -403,7 +405,7 @@ def find_truth(cfg: Config, image: str | Path, ann_file: str | None = None) -> A
 
 
 def _sources(cfg: Config, ann_file: str | None) -> Iterator[dict]:
-    """Yield the data sets to look into."""
+    """Yield the data sets to search."""
     if ann_file:
         yield _annotated_by(ann_file, cfg)
         return
@@ -411,7 +413,7 @@ def _sources(cfg: Config, ann_file: str | None) -> Iterator[dict]:
         try:
             check_data(cfg, [loader])
         except UserError:
-            continue  # the data is not on this machine: nothing to look into
+            continue  # the data are not on this machine
         yield from datasets(cfg, [loader])
 
 
@@ -433,7 +435,7 @@ def _annotated_by(ann_file: str, cfg: Config) -> dict:
 
 
 def _is_of(entry: dict[str, Any], image: str | Path, height: int, width: int) -> bool:
-    """Tell whether an entry of a data set is of an image, as far as it says."""
+    """Tell whether an entry of a data set is about an image, by name and size."""
     size = entry.get('height', height), entry.get('width', width)
     return Path(entry['img_path']).name == Path(image).name and size == (height, width)
 

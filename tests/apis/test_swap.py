@@ -39,7 +39,7 @@ def original(name):
 
 def swapped(name, backbone=SMALL, **options):
     """The swapped config and the changes."""
-    return swap.swap(original(name), backbone, **options)
+    return swap.swap_with_changes(original(name), backbone, **options)
 
 
 def value(cfg, path):
@@ -197,7 +197,7 @@ def test_heads_follow_any_levels(stages, depth, base_channels, wrong, data):
     )
     if wrong:
         with pytest.raises(SwapRefusedError) as caught:
-            swap.swap(Config(dict(model=model)), B0)
+            swap.swap_with_changes(Config(dict(model=model)), B0)
         assert caught.value.reason is Refusal.CHANNELS
         return
     after = pvt_mm.swap_backbone(Config(dict(model=model)), B0).model
@@ -270,7 +270,7 @@ def test_keep_optimizer():
 def test_weights_of_the_whole_model_are_removed():
     cfg = copy.deepcopy(original(FASTER))
     cfg.load_from = 'https://example.org/faster_rcnn_r50.pth'
-    after, changes = swap.swap(cfg, SMALL)
+    after, changes = swap.swap_with_changes(cfg, SMALL)
     assert after.load_from is None
     assert any(change.startswith('load_from: removed') for change in changes)
 
@@ -296,7 +296,7 @@ def test_wrappers_and_scopes():
     model['backbone'].update(type='mmdet.ResNet', _scope_='mmdet')
     model['neck']['type'] = 'mmdet.FPN'
     wrapped = dict(type='Any', module=dict(teacher=model, student=copy.deepcopy(model)))
-    cfg = swap.swap(Config(dict(model=wrapped)), SMALL).cfg
+    cfg = swap.swap_with_changes(Config(dict(model=wrapped)), SMALL).cfg
     for part in cfg.model.module.values():
         assert part.neck.in_channels == [64, 128, 320, 512]
         assert part.backbone.type == 'PVT'
@@ -309,7 +309,7 @@ def test_image_channels_stay(channels, mode):
     cfg = copy.deepcopy(original(RETINA))
     cfg.model.backbone.in_channels = channels
     cfg.model.data_preprocessor.update(mean=[0.0] * channels, std=[1.0] * channels)
-    after, changes = swap.swap(cfg, SMALL)
+    after, changes = swap.swap_with_changes(cfg, SMALL)
     assert after.model.backbone.in_channels == channels
     assert after.model.backbone.adapt_in_channels == mode
     assert after.model.data_preprocessor.mean == [0.0] * channels
@@ -322,7 +322,7 @@ def test_checkpointing_stays():
     """`with_cp` means the same to every backbone; a drop path rate belongs to an arch."""
     cfg = copy.deepcopy(original('mmdet::dino/dino-5scale_swin-l_8xb2-12e_coco.py'))
     assert cfg.model.backbone.with_cp
-    after, changes = swap.swap(cfg, dict(SMALL, drop_path_rate=0.1))
+    after, changes = swap.swap_with_changes(cfg, dict(SMALL, drop_path_rate=0.1))
     assert after.model.backbone.with_cp is True
     assert 'its drop_path_rate: 0.2 became 0.1' in changes
     assert pvt_mm.swap_backbone(cfg, dict(SMALL, with_cp=False)).model.backbone.with_cp is False
@@ -331,10 +331,10 @@ def test_checkpointing_stays():
 def test_swap_again():
     """A PVT is itself a backbone that can be swapped, and swapping to the same changes nothing."""
     once = swapped(FASTER).cfg
-    twice, changes = swap.swap(once, SMALL)
+    twice, changes = swap.swap_with_changes(once, SMALL)
     assert twice.to_dict() == once.to_dict()
     assert not [change for change in changes if not change.startswith('backbone:')]
-    assert swap.swap(once, B0).cfg.model.neck.in_channels == [32, 64, 160, 256]
+    assert swap.swap_with_changes(once, B0).cfg.model.neck.in_channels == [32, 64, 160, 256]
 
 
 # Dilated backbones
@@ -357,7 +357,7 @@ def test_two_heads_that_read_one_level():
     assert [head.in_channels for head in cfg.model.decode_head] == [[64, 128, 320, 512]] * 2
     model = original('mmseg::ocrnet/ocrnet_r101-d8_4xb2-40k_cityscapes-512x1024.py').model.to_dict()
     model['decode_head'][0].update(in_index=3, in_channels=2048)  # both on the last stage
-    cfg = swap.swap(Config(dict(model=model)), SMALL, allow_stride_change=True).cfg
+    cfg = swap.swap_with_changes(Config(dict(model=model)), SMALL, allow_stride_change=True).cfg
     assert [head.in_channels for head in cfg.model.decode_head] == [512, 512]
 
 
@@ -448,7 +448,7 @@ def test_what_is_not_understood_is_refused(change, reason):
     """Nothing is guessed: an unknown part, or channels that do not agree, end in a refusal."""
     model = {**original(RETINA).model.to_dict(), **change}
     with pytest.raises(SwapRefusedError) as caught:
-        swap.swap(Config(dict(model=model)), SMALL)
+        swap.swap_with_changes(Config(dict(model=model)), SMALL)
     assert caught.value.reason is reason
 
 
@@ -501,7 +501,7 @@ def test_lazy_config(tmp_path):
     """Classes as types are recognised, and written as dotted names that build."""
     file = tmp_path / 'lazy.py'
     file.write_text(LAZY)
-    cfg, _ = result = swap.swap(file, B0)
+    cfg, _ = result = swap.swap_with_changes(file, B0)
     assert cfg.model.neck.in_channels == [32, 64, 160, 256]
     assert cfg.model.data_preprocessor.pad_size_divisor == 32
     assert cfg.model.data_preprocessor.bgr_to_rgb is True
@@ -517,7 +517,7 @@ def test_classes_and_functions_become_names(tmp_path):
     cfg = copy.deepcopy(original(FASTER))
     cfg.model.neck.type = mmdet.models.necks.FPN
     cfg.train_dataloader.collate_fn = dict(type=mmengine.dataset.default_collate)
-    result = swap.swap(cfg, SMALL)
+    result = swap.swap_with_changes(cfg, SMALL)
     assert result.cfg.model.neck.type == 'mmdet.models.necks.fpn.FPN'
     assert result.cfg.model.neck.in_channels == [64, 128, 320, 512]
     swap.write(result, tmp_path / 'out.py', 'a config')

@@ -80,7 +80,7 @@ def test_the_guard_changes_no_sample(config, demo_data):
 def test_loaders_inside_others_are_guarded(config, demo_data):
     """Those of test-time augmentation, and of data sets inside others."""
     cfg = config('seg', demo_data / 'ade')
-    enable_tta(cfg, 'mmseg')
+    enable_tta(cfg)
     init_default_scope('mmseg')
     inner = dict(next(datasets(cfg, ['test_dataloader'])), serialize_data=False)
     dataset = DATASETS.build(dict(type='ConcatDataset', datasets=[inner]))

@@ -16,7 +16,7 @@ from torch import nn
 
 from pvt_mm import PVT
 from pvt_mm.engine import training_summary
-from pvt_mm.models.fast import kernels
+from pvt_mm.models.fast import cpu
 
 SOUND = training_summary.Facts(
     config='configs/a.py',
@@ -72,37 +72,25 @@ WORDS = st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=300
 def test_the_box_is_even_and_no_wider_than_asked(config, model, work_dir, width):
     """All lines are as long as each other, whatever is in them, and warnings are in the box."""
     facts = replace(SOUND, config=config, model=model, work_dir=work_dir, weights=[], devices=1)
-    for lines in (training_summary.LINES, training_summary.ASCII):
-        box = training_summary.preflight_lines(facts, width, lines)
+    for ascii_only in (False, True):
+        box = training_summary.summary_lines(facts, width, ascii_only)
         assert len({len(line) for line in box}) == 1
         assert len(box[0]) <= width
         assert sum('WARNING' in line for line in box) >= 2
-
-
-@given(path=WORDS, width=st.integers(10, 100))
-def test_a_path_is_shortened_in_its_middle(path, width):
-    """Short ones stay; of long ones both ends stay."""
-    short = training_summary.shorten(path, width)
-    if len(path) <= width:
-        assert short == path
-    else:
-        assert len(short) == width and '...' in short
-        assert path.startswith(short[:3]) and path.endswith(short[-4:])
+        assert ''.join(box).isascii() is ascii_only
+        inside = ''.join(line[14:].strip(' │|') for line in box)
+        assert work_dir.strip('|') in inside, 'a long path is folded, and none of it lost'
 
 
 @pytest.mark.parametrize(
     'terminal, file, lines',
-    [
-        ('utf-8', 'utf-8', training_summary.LINES),
-        ('ascii', 'utf-8', training_summary.ASCII),
-        ('utf-8', 'latin-1', training_summary.ASCII),
-    ],
+    [('utf-8', 'utf-8', True), ('ascii', 'utf-8', False), ('utf-8', 'latin-1', False)],
 )
 def test_box_characters_only_where_they_can_be_written(terminal, file, lines, monkeypatch):
     """Neither the terminal nor the log file is given a character that it cannot hold."""
     monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(io.BytesIO(), encoding=terminal))
     monkeypatch.setattr(training_summary.locale, 'getpreferredencoding', lambda _: file)
-    assert training_summary.drawing_characters() == lines
+    assert training_summary.can_draw_lines() is lines
 
 
 def test_batch_norms_that_train_are_counted():
@@ -111,12 +99,17 @@ def test_batch_norms_that_train_are_counted():
     assert [training_summary._sees_its_batch(layer) for layer in layers] == [True, False, False]
 
 
+def pretend_bf16_is_slow(monkeypatch, slow):
+    found = cpu.traits()._replace(bf16_is_slow=slow)
+    monkeypatch.setattr(cpu, 'traits', lambda: found)
+
+
 @pytest.mark.parametrize('slow', [False, True])
 @pytest.mark.parametrize('dtype', [None, 'bfloat16'])
 @pytest.mark.parametrize('device', ['cpu', 'meta'])
 def test_bf16_is_slow_on_some_cpus(slow, dtype, device, monkeypatch):
     """The warning is for a backbone in bf16, on a CPU, and one that lacks it."""
-    monkeypatch.setattr(kernels, 'BF16_IS_SLOW', slow)
+    pretend_bf16_is_slow(monkeypatch, slow)
     backbone = PVT(arch=SMALL, compute_dtype=dtype).to(device)
     expected = slow and dtype == 'bfloat16' and device == 'cpu'
     assert training_summary._has_slow_bf16(backbone) is expected
@@ -139,7 +132,7 @@ def test_a_training_logs_what_it_is_given(trained, demo_data, tmp_path, monkeypa
     assert 'no weights are loaded' in box and 'weights     none' in box
     assert 'bf16' not in box
     assert 'train       6 images, 5 classes (CocoDataset)' in box
-    assert '2 a device x 1 device(s) x 1 iteration(s)' in box
+    assert '2 per device x 1 device(s) x 1 iteration(s)' in box
     assert 'for a batch of 16; not scaled' in box
     # The head of another number of classes keeps its own tensors, and the box says so.
     weights = torch.load(first.checkpoint, weights_only=False)['state_dict']
@@ -150,7 +143,7 @@ def test_a_training_logs_what_it_is_given(trained, demo_data, tmp_path, monkeypa
         weights[key] = weights[key][:9]
     torch.save({'state_dict': weights}, tmp_path / 'other.pth')
     forget_runs(ManagerMixin)
-    monkeypatch.setattr(kernels, 'BF16_IS_SLOW', True)
+    pretend_bf16_is_slow(monkeypatch, True)
     run_main(
         tmp_path, 'train', first.config, *first.data, '--work-dir', tmp_path / 'run',
         '--load-from', tmp_path / 'other.pth', '--auto-scale-lr', '--amp',

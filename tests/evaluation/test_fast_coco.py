@@ -19,10 +19,10 @@ from mmdet.datasets.api_wrappers import COCO, COCOeval  # noqa: E402
 from mmdet.evaluation.metrics import CocoMetric  # noqa: E402
 from pycocotools import mask  # noqa: E402
 
-from pvt_mm import cli  # noqa: E402
-from pvt_mm.engine.options import use_fast_coco_eval  # noqa: E402
 from pvt_mm.errors import UserError  # noqa: E402
+from pvt_mm.evaluation import options  # noqa: E402
 from pvt_mm.evaluation.fast_coco import FastCOCOeval, FastCocoMetric  # noqa: E402
+from pvt_mm.evaluation.options import use_fast_coco_eval  # noqa: E402
 
 
 def figures(make, dataset, results, kind='bbox', max_detections=(100, 300, 1000)):
@@ -123,7 +123,7 @@ def test_what_the_flag_refuses(monkeypatch):
     """A config without COCO scores, and a machine without the package."""
     with pytest.raises(UserError, match='has no CocoMetric'):
         use_fast_coco_eval(Config(dict(val_evaluator=dict(type='IoUMetric'))))
-    monkeypatch.setattr(cli, 'find_spec', lambda name: None)
+    monkeypatch.setattr(options, 'find_spec', lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'pvt-mm\[fast-eval\]'"):
         use_fast_coco_eval(Config(dict(val_evaluator=dict(type='CocoMetric'))))
 

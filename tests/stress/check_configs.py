@@ -35,7 +35,8 @@ import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from pvt_mm import cli, progress
+from pvt_mm import cli
+from pvt_mm.apis.inference import read_pixels
 from pvt_mm.checkpoint.safe_load import read_checkpoint
 from pvt_mm.config import (
     CODEBASES,
@@ -50,6 +51,7 @@ from pvt_mm.config import (
 from pvt_mm.engine import runtime
 from pvt_mm.engine.options import without_pretrained
 from pvt_mm.errors import UserError
+from pvt_mm.tables import text_table
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / 'configs'
@@ -156,12 +158,12 @@ def shrink_images(cfg: Config) -> None:
 
 def set_classes(cfg: Config, task: str, data: Path) -> None:
     """Point the data sets to the embedded one and every head to its classes."""
-    classes, palette = CLASSES, PALETTE
+    classes, palette = list(CLASSES), PALETTE
     if task == 'mmseg':
-        classes, palette = ('background', *CLASSES), [[200, 200, 200], *PALETTE]
+        classes, palette = ['background', *CLASSES], [[200, 200, 200], *PALETTE]
     set_data_root(cfg, str(data / FOLDERS[task]))
     for dataset in datasets(cfg):
-        dataset['metainfo'] = dict(classes=classes, palette=palette)
+        dataset['metainfo'] = dict(classes=tuple(classes), palette=palette)
         if task == 'mmseg':  # ADE20KDataset accepts its own 150 classes alone; this is its base
             dataset.update(type='BaseSegDataset', reduce_zero_label=True)
         elif task == 'mmpretrain':  # ImageNet's base, for other classes than its 1000
@@ -369,11 +371,11 @@ def crop_objects(data: Path) -> None:
         names = {image['id']: image['file_name'] for image in coco['images']}
         order = sorted(category['id'] for category in coco['categories'])
         for object_ in coco['annotations']:
-            image = cv2.imread(str(data / f'coco/{split}2017' / names[object_['image_id']]))
+            image = read_pixels(data / f'coco/{split}2017' / names[object_['image_id']])
             left, top, width, height = (round(value) for value in object_['bbox'])
             folder = folders[order.index(object_['category_id'])]
             crop = image[top : top + height, left : left + width]
-            cv2.imwrite(str(folder / f'{object_["id"]}.png'), crop)
+            cv2.imwrite(str(folder / f'{object_["id"]}.png'), crop[:, :, ::-1])
 
 
 def digest(path: Path, iterations: int) -> str:
@@ -415,16 +417,11 @@ def check_all(
     todo = [path for path in paths if rows[path] is None]
     if len(todo) < len(paths):
         print(f'{len(paths) - len(todo)} of {len(paths)} are done already; --force runs them again')
-    for path in progress.track(todo, len(todo), 'configs'):
+    for path in cli.track(todo, len(todo), 'configs'):
         rows[path] = row = run_apart(path, data, iterations, work_dir / path.stem)
         results.put(path, keys[path], row)
         print(f'{"  ".join(row.cells())} s', flush=True)
     return [row for row in rows.values() if row]
-
-
-def text_table(rows: list[Row]) -> str:
-    """Return the table as lines of text with even columns."""
-    return cli.text_table([HEADER, *(row.cells() for row in rows)])
 
 
 def markdown_page(rows: list[Row], iterations: int, skipped: str = '') -> str:
@@ -491,7 +488,7 @@ def main() -> None:
     if any(is_classification(path) for path in paths):
         crop_objects(data)
     rows = check_all(paths, data, args.iters, work_dir, args.force)
-    print(f'\n{text_table(rows)}')
+    print(f'\n{text_table(HEADER, (row.cells() for row in rows))}')
     if skipped:
         print(f'\n{skipped}')
     if args.markdown:

@@ -32,8 +32,9 @@ from pvt_mm import cli
 from pvt_mm.errors import UserError
 from pvt_mm.models import ops
 from pvt_mm.models.fast import kernels
+from pvt_mm.tables import text_table
 
-BACKBONES = {'PVT': pvt_mm.PVT, 'PVTv2': pvt_mm.PVTv2}
+BACKBONES: dict[str, Any] = {'PVT': pvt_mm.PVT, 'PVTv2': pvt_mm.PVTv2}
 STRIDES = (4, 2, 2, 2)
 STAGES = tuple(
     indices for count in range(1, 5) for indices in itertools.combinations(range(4), count)
@@ -308,17 +309,16 @@ def draw_side(rng: random.Random) -> int:
     return rng.randint(1, 40) if rng.random() < 0.15 else round(2 ** rng.uniform(5, 8.17))
 
 
-def text_table(counts: Counter[tuple[str, str, str]]) -> str:
+def outcome_table(counts: Counter[tuple[str, str, str]]) -> str:
     """Return lines of architecture, precision and how many cases had each outcome."""
     rows = sorted({key[:2] for key in counts})
-    lines = [('arch', 'precision', *OUTCOMES)]
-    lines += [(*row, *(str(counts[(*row, outcome)]) for outcome in OUTCOMES)) for row in rows]
-    total = [sum(counts[(*row, outcome)] for row in rows) for outcome in OUTCOMES]
-    lines.append(('all', '', *map(str, total)))
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return '\n'.join(
-        '  '.join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines
-    )
+    cells = []
+    for arch, precision in rows:
+        found = (str(counts[arch, precision, outcome]) for outcome in OUTCOMES)
+        cells.append((arch, precision, *found))
+    total = [sum(counts[arch, p, outcome] for arch, p in rows) for outcome in OUTCOMES]
+    cells.append(('all', '', *map(str, total)))
+    return text_table(('arch', 'precision', *OUTCOMES), cells)
 
 
 def parse_args() -> argparse.Namespace:
@@ -344,7 +344,7 @@ def main() -> None:
             print(f'{WRONG}: {fault}\n    {case}', file=sys.stderr)
         if number % 100 == 0:
             print(f'[{number}/{args.cases}] {time.monotonic() - start:.0f} s', flush=True)
-    print(f'\n{text_table(counts)}')
+    print(f'\n{outcome_table(counts)}')
     wrong = sum(count for key, count in counts.items() if key[2] == WRONG)
     print(f'\n{args.cases} cases, {wrong} undocumented, PyTorch {torch.__version__}')
     sys.exit(1 if wrong else 0)

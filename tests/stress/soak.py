@@ -25,10 +25,11 @@ import numpy as np
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from pvt_mm import cli, progress
+from pvt_mm import cli
 from pvt_mm.config import LOADERS, load_config
-from pvt_mm.engine import runtime
+from pvt_mm.engine import build_runner
 from pvt_mm.errors import UserError
+from pvt_mm.tables import text_table
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = {'det': 'demo_retinanet_pvt_t.py', 'seg': 'demo_fpn_pvt_t.py'}
@@ -103,7 +104,6 @@ def resident() -> float:
 def watch(task: str, config: str, data: str, iterations: int, work_dir: str) -> list[Series]:
     """Train a config for so many iterations, test it, and return the memory of both."""
     cfg = load_config(config, data_root=data)
-    runtime.setup(cfg)
     for loader in LOADERS:
         cfg[loader].update(num_workers=1, persistent_workers=True)
     cfg.train_cfg = dict(by_epoch=False, max_iters=iterations, val_interval=iterations + 1)
@@ -114,7 +114,7 @@ def watch(task: str, config: str, data: str, iterations: int, work_dir: str) -> 
     cfg.log_processor = dict(by_epoch=False)
     cfg.param_scheduler = []
     cfg.work_dir = work_dir
-    runner = Runner.from_cfg(cfg)
+    runner = build_runner(cfg, config=config, train=True)
     hook = MemoryHook(task)
     runner.register_hook(hook)
     runner.train()
@@ -130,8 +130,7 @@ def soak(iterations: int) -> list[Series]:
         make = [sys.executable, str(ROOT / 'tools/demo/make_demo_data.py')]
         make += ['--out', f'{folder}/data', '--train', str(TRAIN_IMAGES), '--val', str(total)]
         subprocess.run(make, check=True)
-        # No bar: what the trainings log would break it.
-        for task, config in progress.track(CONFIGS.items(), len(CONFIGS), 'tasks', bar=False):
+        for task, config in CONFIGS.items():
             path, data = str(ROOT / 'configs' / config), f'{folder}/data/{DATA[task]}'
             arguments = (task, path, data, total, f'{folder}/{task}')
             with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
@@ -139,12 +138,10 @@ def soak(iterations: int) -> list[Series]:
     return rows
 
 
-def text_table(rows: list[Series]) -> str:
+def memory_table(rows: list[Series]) -> str:
     """Return lines of what was run, the memory on the way and how far the line rises."""
     marks = (f'{i + 1}/{PRINTED}' for i in range(PRINTED))
-    lines = [('MB resident after', *marks, 'rise'), *(row.cells() for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return '\n'.join('  '.join(map(str.rjust, line, widths)) for line in lines)
+    return text_table(('MB resident after', *marks, 'rise'), (row.cells() for row in rows))
 
 
 def parse_args() -> argparse.Namespace:
@@ -167,7 +164,7 @@ def main() -> None:
     if iterations < 50:
         raise UserError(f'--iterations {iterations}: a line needs 50 or more.')
     rows = soak(iterations)
-    print(f'\n{text_table(rows)}')
+    print(f'\n{memory_table(rows)}')
     grown = ', '.join(row.name for row in rows if row.rise() > LIMIT)
     print(f'\n{iterations} iterations and images each, after as many to warm up; ', end='')
     print(f'grown: {grown or "none"}')

@@ -26,11 +26,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from pvt_mm import cli, progress
+from pvt_mm import cli
 from pvt_mm.checkpoint.safe_load import read_checkpoint
 from pvt_mm.engine import runtime
 from pvt_mm.errors import UserError
 from pvt_mm.files import PARTIAL
+from pvt_mm.tables import text_table
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN_IMAGES, VAL_IMAGES = 16, 2
@@ -329,7 +330,7 @@ def stress(name: str, kills: int, data: Path, folder: Path, rng: random.Random) 
 def table(results: dict[str, Result]) -> str:
     """Return the table in Markdown."""
     head = ('training', 'kills', 'while saving', 'trainings', 'resumed from iteration', *MEMBERS)
-    lines = [f'| {" | ".join(head)} |', f'|---|---:|---:|---:|---|{"---|" * len(MEMBERS)}']
+    rows = []
     for name, result in results.items():
         equal = [
             'different'
@@ -341,8 +342,8 @@ def table(results: dict[str, Result]) -> str:
         ]
         steps = ', '.join(map(str, sorted(result.resumed_from)))
         counts = (result.kills, result.while_saving, result.trainings)
-        lines.append(f'| {" | ".join(map(str, (name, *counts, steps, *equal)))} |')
-    return '\n'.join(lines)
+        rows.append((name, *map(str, counts), steps, *equal))
+    return text_table(head, rows, markdown=True)
 
 
 def parse_args() -> argparse.Namespace:
@@ -378,7 +379,7 @@ def main() -> None:
     results: dict[str, Result] = {}
     names = list(VARIANTS)[: args.kills]
     start = time.monotonic()
-    for place, name in progress.track(enumerate(names), len(names), 'trainings'):
+    for place, name in cli.track(enumerate(names), len(names), 'trainings'):
         kills = len(range(place, args.kills, len(names)))
         results[name] = result = stress(name, kills, folder / 'data', folder, rng)
         print(

@@ -34,7 +34,7 @@ from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData, PixelData
 from torch import nn
 
-from pvt_mm import cli, progress
+from pvt_mm import cli
 from pvt_mm.apis import swap
 from pvt_mm.config import config_folder, config_names, iter_dicts, nearest, read_config
 from pvt_mm.errors import UserError
@@ -107,14 +107,14 @@ def outcome_of(name: str) -> dict[str, Any]:
         reason = str(error).rpartition(' does not load: ')[2]
         folder = str(config_folder(name.partition('::')[0]))
         return dict(outcome='does not load', reason=reason.replace(f'{folder}/', ''))
-    row = dict(outcome='swapped', reason='', family=family_of(cfg))
+    row: dict[str, Any] = dict(outcome='swapped', reason='', family=family_of(cfg))
     try:
         try:
-            swapped = swap.swap(cfg, BACKBONE)
+            swapped = swap.swap_with_changes(cfg, BACKBONE)
         except swap.SwapRefusedError as error:
             if error.reason is not swap.Refusal.STRIDE:
                 raise
-            swapped = swap.swap(cfg, BACKBONE, allow_stride_change=True)
+            swapped = swap.swap_with_changes(cfg, BACKBONE, allow_stride_change=True)
             row['stride_changed'] = True
     except swap.SwapRefusedError as error:
         return dict(row, outcome='refused', reason=error.reason.value)
@@ -206,7 +206,9 @@ def check_model(row: dict[str, Any], criterion: str, side: int) -> None:
     Raises:
         UserError: Where none, or one that is not finite or all zero, arrives.
     """
-    cfg = swap.swap(row['name'], BACKBONE, allow_stride_change=row['stride_changed']).cfg
+    cfg = swap.swap_with_changes(
+        row['name'], BACKBONE, allow_stride_change=row['stride_changed']
+    ).cfg
     model = run(row['codebase'], bare(cfg.model.to_dict()), criterion, side)
     stems = [
         module.stages[0].patch_embed.proj.weight
@@ -526,14 +528,14 @@ def census(results: Results, names: list[str], workers: int) -> None:
         todo = [name for name in names if name not in results.rows]
         found = pool.map(census_config, todo, chunksize=8)
         # An exception here is a fault of the swap, and ends the census.
-        for row in progress.track(found, len(todo), 'configs'):
+        for row in cli.track(found, len(todo), 'configs'):
             results.rows[row['name']] = row
             results.save_now_and_then()
         results.save()
         rows = [results.rows[name] for name in names]
         distinct = {row['model']: row for row in rows if row['outcome'] == 'swapped'}
         models = [row for key, row in distinct.items() if key not in results.models]
-        for model in progress.track(pool.map(check, models), len(models), 'models'):
+        for model in cli.track(pool.map(check, models), len(models), 'models'):
             results.models[model.pop('model')] = model
             results.save_now_and_then()
         results.save()
@@ -577,7 +579,7 @@ def page(results: Results, rows: list[dict[str, Any]]) -> str:
     done = [row for row in goal if row['outcome'] == CARRIED]
     coarse = [row for row in done if row['stride_changed']]
     alone = [row for row in rows if row['outcome'] == CARRIED and row['reason'] == FEATURES]
-    models = [results.models[key] for key in {row.get('model') for row in rows} - {None}]
+    models = [results.models[key] for key in {row['model'] for row in rows if 'model' in row}]
     packages = ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg')
     head = PAGE.format(
         side=SIDE,

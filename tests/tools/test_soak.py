@@ -78,7 +78,7 @@ def test_a_slice_of_the_soak(small_config, demo_data, tmp_path):
     assert [row.name for row in rows] == ['det, training', 'det, testing']
     assert rows[0].counts == [1, 6, 11] and rows[1].counts == [1]
     assert all(size > 100 for row in rows for size in row.sizes)
-    assert 'det, training' in tool.text_table(rows[:1])
+    assert 'det, training' in tool.memory_table(rows[:1])
 
 
 @pytest.mark.parametrize(('slope', 'code', 'says'), [(0.001, 0, 'none'), (0.2, 1, 'det, training')])

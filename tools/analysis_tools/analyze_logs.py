@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pvt_mm import cli
 from pvt_mm.errors import UserError
+from pvt_mm.tables import text_table
 from pvt_mm.visualization import logs
 
 PICTURES = ('.png', '.pdf', '.svg')
@@ -45,12 +46,14 @@ def main() -> None:
     for run in runs:
         if run.skipped:
             print(f'warning: {run.name}: skipped {run.skipped} broken line(s)', file=sys.stderr)
-    print(cli.text_table(logs.table_rows(runs)))
+    print(text_table(*logs.table(runs)))
     if args.out:
         logs.plot_runs(runs, args.out)
         print(f'wrote {args.out}')
     if args.csv:
-        logs.write_csv(runs, args.csv)
+        figures = [logs.summary(run) for run in runs]
+        names = list(dict.fromkeys(name for row in figures for name in row))
+        cli.write_csv(args.csv, names, [[row.get(name) for name in names] for row in figures])
         print(f'wrote {args.csv}')
 
 

@@ -11,7 +11,7 @@ import argparse
 import functools
 import sys
 
-from pvt_mm import cli, progress
+from pvt_mm import cli
 from pvt_mm.config import LOADERS, load_config
 from pvt_mm.datasets import checks
 from pvt_mm.datasets.consistency import check_data
@@ -41,10 +41,10 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     cfg = load_config(args.config, data_root=args.data_root)
-    loaders = LOADERS if args.split == 'all' else (f'{args.split}_dataloader',)
-    loaders = [loader for loader in loaders if cfg.get(loader)]
+    wanted = LOADERS if args.split == 'all' else (f'{args.split}_dataloader',)
+    loaders = [loader for loader in wanted if cfg.get(loader)]
     check_data(cfg, loaders)
-    track = functools.partial(progress.track, description='images')
+    track = functools.partial(cli.track, description='images')
     findings, images = checks.check_config(cfg, args.config, loaders, track)
     print(checks.report(findings, images, None if args.all else 10))
     sys.exit(1 if checks.stops(findings) else 0)

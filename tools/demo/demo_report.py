@@ -16,7 +16,7 @@ from matplotlib.patches import Rectangle
 from pycocotools import mask as mask_utils
 
 from pvt_mm.apis.inference import Predictor, read_pixels
-from pvt_mm.cli import text_table
+from pvt_mm.tables import text_table
 from pvt_mm.visualization.logs import INK, STYLE, Curve, plot_curve
 from pvt_mm.visualization.pictures import principal_colours
 
@@ -61,7 +61,7 @@ class Thing:
 class DrawGroup(Protocol):
     """Fill the axes of one group of :func:`plot_grid`."""
 
-    def __call__(self, index: int, axes: Sequence[Any], heading: bool) -> None: ...
+    def __call__(self, index: int, axes: np.ndarray, heading: bool) -> None: ...
 
 
 def verdict(outcome: Outcome, quick: bool) -> str:
@@ -73,7 +73,8 @@ def verdict(outcome: Outcome, quick: bool) -> str:
 
 def format_table(outcomes: Sequence[Outcome], quick: bool) -> str:
     """Return the scores against the targets as lines of text."""
-    rows = [('task', 'model', 'metric', 'score', 'target', 'training', 'test', '')]
+    head = ('task', 'model', 'metric', 'score', 'target', 'training', 'test', '')
+    rows = []
     for outcome in outcomes:
         rows.append(
             (
@@ -87,8 +88,8 @@ def format_table(outcomes: Sequence[Outcome], quick: bool) -> str:
                 verdict(outcome, quick),
             )
         )
-    lines = text_table(rows).split('\n')
-    return '\n'.join([lines[0], '-' * len(max(lines, key=len)), *lines[1:]])
+    first, *lines = text_table(head, rows).splitlines()
+    return '\n'.join([first, '-' * max(map(len, lines)), *lines])
 
 
 def format_score(score: float) -> str:
@@ -184,8 +185,8 @@ def show_things(
     shown = image.astype(np.float32) / 255
     if with_masks:
         for thing in things:
-            colour = np.array(rgb(meta['palette'][thing.label]), dtype=np.float32)
-            shown[thing.mask] = 0.45 * shown[thing.mask] + 0.55 * colour
+            tint = np.array(rgb(meta['palette'][thing.label]), dtype=np.float32)
+            shown[thing.mask] = 0.45 * shown[thing.mask] + 0.55 * tint
     show_picture(axes, shown, title)
     for thing in things:
         colour = rgb(meta['palette'][thing.label])
@@ -234,7 +235,7 @@ def plot_data(
     """Draw training images with their boxes and masks."""
     images, things = read_coco(annotations)
 
-    def draw(index: int, axes: Sequence[Any], heading: bool) -> None:
+    def draw(index: int, axes: np.ndarray, heading: bool) -> None:
         entry = images[index]
         image = read_pixels(folder / entry['file_name'])
         show_things(axes[0], image, things[entry['id']], meta, with_masks=True)
@@ -255,7 +256,7 @@ def plot_detections(
     images, things = read_coco(annotations)
     meta = predictor.dataset_meta
 
-    def draw(index: int, axes: Sequence[Any], heading: bool) -> None:
+    def draw(index: int, axes: np.ndarray, heading: bool) -> None:
         path = folder / images[index]['file_name']
         image, truth = read_pixels(path), things[images[index]['id']]
         found = found_things(predictor(path), threshold, with_masks)
@@ -278,11 +279,11 @@ def plot_segments(
         tinted = np.rint(0.35 * image + 0.65 * palette[indices]).astype(np.uint8)
         return np.where(np.isin(indices, plain)[:, :, None], image, tinted)
 
-    def draw(index: int, axes: Sequence[Any], heading: bool) -> None:
+    def draw(index: int, axes: np.ndarray, heading: bool) -> None:
         image = read_pixels(paths[index])
-        truth = cv2.imread(str(labels / f'{paths[index].stem}.png'), cv2.IMREAD_GRAYSCALE)
+        grey = cv2.imread(str(labels / f'{paths[index].stem}.png'), cv2.IMREAD_GRAYSCALE)
         # 0 is ignored; it is shown in black, the last colour.
-        truth = np.where(truth == 0, len(palette) - 1, truth.astype(int) - 1)
+        truth = np.where(grey == 0, len(palette) - 1, np.asarray(grey, dtype=int) - 1)
         found = predictor(paths[index]).pred_sem_seg.data[0].cpu().numpy()
         titles = ('image', 'ground truth', 'prediction') if heading else (None,) * 3
         show_picture(axes[0], image, titles[0])

@@ -55,7 +55,7 @@ def parse_args() -> argparse.Namespace:
 
 def check(args: argparse.Namespace, out: Path) -> None:
     """Check the arguments before any time goes into the model."""
-    if out.suffix[1:] not in export.FORMATS:
+    if out.suffix not in export.SUFFIXES:
         raise UserError(f'OUT must end in .onnx or .pt2, not {out.name}.')
     if not out.parent.is_dir():
         raise UserError(f'There is no folder {out.parent}; make it first.')

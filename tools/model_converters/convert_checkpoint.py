@@ -10,7 +10,7 @@ Examples:
 """
 
 import argparse
-import os
+import io
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,12 +18,20 @@ from typing import Any
 
 import torch
 
-from pvt_mm import PVT, CheckpointMismatchError, PVTv2, cli, convert_checkpoint, progress
-from pvt_mm.checkpoint.convert import Arch, bare_backbone, recognise_arch, to_atoms, unwrap
+from pvt_mm import PVT, CheckpointMismatchError, PVTv2, cli, convert_checkpoint
+from pvt_mm.checkpoint.convert import (
+    Arch,
+    bare_backbone,
+    recognise_arch,
+    split_backbone,
+    to_atoms,
+    unwrap,
+)
 from pvt_mm.checkpoint.key_maps import detect_format, match
 from pvt_mm.checkpoint.load import load_into_backbone
 from pvt_mm.checkpoint.safe_load import check_weights, read_checkpoint
-from pvt_mm.errors import UserError
+from pvt_mm.errors import UserError, naming_file
+from pvt_mm.files import atomic_write
 
 SUFFIXES = ('.pth', '.safetensors')
 
@@ -66,61 +74,55 @@ def convert(checkpoint: dict[str, Any], args: argparse.Namespace) -> dict[str, A
     """Convert a checkpoint; what comes back owns its memory, as safetensors asks."""
     weights = checkpoint
     if args.backbone_only:
-        weights = bare_backbone(backbone_part(unwrap(checkpoint)))
+        tensors = unwrap(checkpoint)
+        weights = bare_backbone(split_backbone(tensors)[0] or tensors)
     try:
         tensors = convert_checkpoint(weights, args.to, args.arch)
     except ValueError as error:
         raise UserError(str(error)) from error
-    items = progress.track(tensors.items(), len(tensors), 'tensors')
-    owned = {key: tensor.clone().contiguous() for key, tensor in items}
+    owned = {key: tensor.clone().contiguous() for key, tensor in tensors.items()}
     if isinstance(checkpoint.get('meta'), dict) and not args.backbone_only:
         return {'meta': checkpoint['meta'], 'state_dict': owned}
     return owned
 
 
-def backbone_part(tensors: dict[str, Any]) -> dict[str, Any]:
-    """Return what stands under ``backbone.``, without it; everything where nothing does."""
-    part = {k.removeprefix('backbone.'): v for k, v in tensors.items() if k[:9] == 'backbone.'}
-    return part or tensors
-
-
 def write(checkpoint: dict[str, Any], out: Path) -> None:
-    """Write a checkpoint aside, then rename it: there is never half a file."""
-    aside = out.with_name(f'.{out.name}.{os.getpid()}')
+    """Write a checkpoint; there is never half a file."""
     try:
         if out.suffix == '.pth':
-            torch.save(checkpoint, aside)
+            content = io.BytesIO()
+            torch.save(checkpoint, content)
+            atomic_write(content.getvalue(), out)
         else:
-            write_safetensors(checkpoint.get('state_dict', checkpoint), aside)
-        os.replace(aside, out)
+            atomic_write(as_safetensors(checkpoint.get('state_dict', checkpoint)), out)
     except (OSError, RuntimeError) as error:
         raise UserError(f'Could not write {out}: {error}.') from error
-    finally:
-        aside.unlink(missing_ok=True)
 
 
-def write_safetensors(tensors: dict[str, Any], file: Path) -> None:
+def as_safetensors(tensors: dict[str, Any]) -> bytes:
+    """Return the content of a .safetensors file."""
     try:
         from safetensors.torch import save
     except ImportError as error:
         raise UserError('Writing .safetensors needs a package: pip install safetensors.') from error
-    file.write_bytes(save(tensors, metadata={'format': 'pt'}))
+    return save(tensors, metadata={'format': 'pt'})
 
 
 def inspect(checkpoint: dict[str, Any], arch: str | None) -> Iterator[tuple[str, str]]:
     """Yield what a checkpoint holds, as pairs of a title and a text."""
     tensors = unwrap(checkpoint)
-    source = backbone_part(tensors)
+    backbone, rest = split_backbone(tensors)
+    source = backbone or tensors
     plain = bare_backbone(source, arch)
     fmt = detect_format(list(source))
+    assert fmt is not None, 'else bare_backbone has raised'
     found = recognise_arch(to_atoms(source, fmt))
     parameters = sum(tensor.numel() for tensor in plain.values())
     yield 'format', fmt.name
     yield 'arch', str(found)
     yield 'backbone', f'{len(plain)} tensors, {parameters / 1e6:.2f} M parameters'
     yield 'would load', loading_report(plain, source, found)
-    others = Counter(key.split('.')[0] for key in tensors if source is not tensors)
-    others.pop('backbone', None)
+    others = Counter(key.split('.')[0] for key in rest if backbone)
     unknown = [key for key in source if not match(key, fmt)]
     yield 'others', ', '.join(f'{n} in {name}' for name, n in others.items()) or 'none'
     yield 'unknown', f'{len(unknown)} keys, such as {unknown[0]}' if unknown else 'none'
@@ -147,11 +149,12 @@ def main() -> None:
     check_args(args)
     checkpoint = read_checkpoint(args.file)
     check_weights(checkpoint, args.file)
-    if args.inspect:
-        for title, text in inspect(checkpoint, args.arch):
-            print(f'{title:<11} {text}')
-        return
-    converted = convert(checkpoint, args)
+    with naming_file(args.file):
+        if args.inspect:
+            for title, text in inspect(checkpoint, args.arch):
+                print(f'{title:<11} {text}')
+            return
+        converted = convert(checkpoint, args)
     write(converted, Path(args.out))
     count = len(converted.get('state_dict', converted))
     print(f'{args.file} -> {args.out}: {count} tensors in {args.to} format')

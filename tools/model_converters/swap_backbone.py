@@ -47,7 +47,7 @@ def main() -> None:
     out = Path(args.out)
     if out.suffix != '.py' or not out.absolute().parent.is_dir():
         raise UserError(f'-o {out}: name a .py file in a folder that exists.')
-    swapped = swap.swap(
+    swapped = swap.swap_with_changes(
         args.config,
         ARCHS[args.arch],
         allow_stride_change=args.allow_stride_change,
