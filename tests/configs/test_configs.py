@@ -22,6 +22,8 @@ from recipes import (
 )
 from reference import REPO, load_json
 
+from pvt_mm import PVT, convert_checkpoint
+
 RECIPES = {recipe['file']: recipe for recipe in load_json('official_recipes.json')['configs']}
 README = (REPO / 'README.md').read_text()
 EXAMPLES = [
@@ -383,3 +385,16 @@ def test_builds_and_channels_agree(name):
             assert model.decode_head(pyramid).shape == (1, 150, 16, 24)
         else:
             check_heads(model, pyramid)
+
+
+def test_pooled_reduction_takes_the_published_weights():
+    """All of them fit PVT-Small with average pooling, but for the layers after the pooling."""
+    backbone = Config.fromfile(CONFIGS / '_base_' / 'backbones' / 'pvt_s_avg.py').backbone
+    del backbone['init_cfg']
+    model = MODELS.build(backbone)
+    weights = convert_checkpoint(PVT('small').state_dict(), to='official')
+    before = model.stages[0].blocks[0].attn.sr.weight.clone()
+    model.load_state_dict(weights)
+    assert model.loaded.startswith('PVT: loaded 283 of 296 backbone tensors from weights of small')
+    assert torch.equal(model.stages[0].blocks[0].attn.sr.weight, before)
+    assert torch.equal(model.stages[0].blocks[0].attn.q.weight, weights['block1.0.attn.q.weight'])
