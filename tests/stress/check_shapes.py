@@ -3,7 +3,7 @@
 A case draws everything that a caller may choose: batch, size, stages, precision, mode, memory
 layout and the kind of values. What comes back must have the documented shapes, be contiguous and
 finite, in training with finite gradients, or the error must be the documented one. In evaluation in
-fp32 the first image must give the same alone, and with the kernels' pieces cut small. Ends with 1
+fp32 the first image must give the same alone, and with the kernels' chunks made small. Ends with 1
 where anything else happens.
 
 Example:
@@ -30,8 +30,7 @@ from torch import Tensor
 import pvt_mm
 from pvt_mm import cli
 from pvt_mm.errors import UserError
-from pvt_mm.models import ops
-from pvt_mm.models.fast import kernels
+from pvt_mm.models.fast import attention, cpu, mlp
 from pvt_mm.tables import text_table
 
 BACKBONES: dict[str, Any] = {'PVT': pvt_mm.PVT, 'PVTv2': pvt_mm.PVTv2}
@@ -68,9 +67,9 @@ PRECISIONS = {
 }
 LAYOUTS = ('contiguous', 'channels last', 'transposed', 'sliced', 'expanded')
 VALUES = ('normal', 'zero', 'pixels')
-#: What the kernels cut at, made so small that even little images are cut.
-SMALL_PIECES = {'PIECE': 2**12, 'BLOCK': 16}
-#: How far the same image may come out apart, in standard deviations of a stage.
+#: Elements of a chunk and channels of a tile, so few that the kernels cut even small images.
+SMALL_CHUNK, SMALL_TILE = 2**12, 16
+#: How far two results for the same image may be apart, over the std of a stage.
 TOLERANCE = 1e-5
 
 RIGHT, SMALL, CHANNELS, DTYPE = 'features', 'too small', 'channels', 'dtype'
@@ -249,26 +248,28 @@ def has_gradients(case: Case) -> bool:
 
 
 @contextlib.contextmanager
-def small_pieces() -> Iterator[None]:
-    """Cut the kernels' work into small pieces, and use them for small attentions too."""
+def small_chunks() -> Iterator[None]:
+    """Have the kernels work in small chunks, and use them for small attentions too."""
+    traits = cpu.traits()._replace(chunk=SMALL_CHUNK)
     with (
-        mock.patch.multiple(kernels, **SMALL_PIECES),
-        mock.patch.object(ops, 'PIECED_SCORES', 1),
+        mock.patch.object(cpu, 'traits', lambda: traits),
+        mock.patch.object(mlp, 'CHANNELS', SMALL_TILE),
+        mock.patch.object(attention, 'MANY_SCORES', 1),
     ):
         yield
 
 
 @torch.no_grad()
 def dependence(model: Any, image: Tensor, outs: tuple[Tensor, ...]) -> str:
-    """Say where the features of the first image depend on the other images or on the pieces."""
+    """Say where the features of the first image depend on the other images or on the chunks."""
     alone = model(image[:1])
-    with small_pieces():
+    with small_chunks():
         cut = model(image)
-    for cause, features in {'the rest of the batch': alone, 'the size of pieces': cut}.items():
+    for cause, features in {'the rest of the batch': alone, 'the size of chunks': cut}.items():
         for i, (out, other) in enumerate(zip(outs, features)):
             apart = (out[: len(other)] - other).abs().max() / out.std().clamp(min=1e-30)
             if apart > TOLERANCE:
-                return f'output {i} depends on {cause}: {apart:.1e} of its standard deviation'
+                return f'output {i} depends on {cause}: {apart:.1e} of its std'
     return ''
 
 

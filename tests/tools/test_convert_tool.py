@@ -1,6 +1,7 @@
 """tools/model_converters/convert_checkpoint.py: any format in, any out, and a report of a file."""
 
 import builtins
+import errno
 import os
 
 import pytest
@@ -178,11 +179,10 @@ def test_a_failed_write_leaves_the_old_file(weights, fails, tmp_path, monkeypatc
     out = tmp_path / 'out.pth'
     out.write_bytes(b'old')
 
-    def fill(checkpoint, file):
-        file.write_bytes(b'half')
-        raise OSError('No space left on device')
+    def fail(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(torch, 'save', fill)
+    monkeypatch.setattr(os, 'fsync', fail)
     assert 'No space left' in fails(path, out, '--to', 'mmdet')
     assert out.read_bytes() == b'old'
     assert sorted(os.listdir(tmp_path)) == ['b0.pth', 'out.pth']

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from reference import ARCHS, REPO, SMALL, small
 
 from pvt_mm import PVT
-from pvt_mm.models.fast import kernels
+from pvt_mm.models.fast import cpu
 
 spec = importlib.util.spec_from_file_location('check_shapes', REPO / 'tests/stress/check_shapes.py')
 tool = importlib.util.module_from_spec(spec)
@@ -24,7 +24,7 @@ each_of_four = {'min_size': 4, 'max_size': 4}
 
 @st.composite
 def archs(draw, linear):
-    """A custom architecture of one or two blocks a stage, as pairs that can be hashed."""
+    """A custom architecture of one or two blocks per stage, as pairs that can be hashed."""
     heads = draw(st.lists(st.integers(1, 3), **each_of_four))
     widths = draw(st.lists(st.sampled_from([4, 8, 12]), **each_of_four))
     arch = {
@@ -79,7 +79,7 @@ def test_features_or_the_documented_error(case):
 @settings(max_examples=30, deadline=None)
 @given(cases(), st.integers(32, 160), st.integers(32, 160))
 def test_an_image_is_alone(case, height, width):
-    """The rest of the batch and the size of the kernels' pieces change no feature."""
+    """The rest of the batch and the size of the kernels' chunks change no feature."""
     case = dataclasses.replace(
         case, precision='fp32', training=False, channels=3, height=height, width=width, batch=3
     )
@@ -110,7 +110,7 @@ CASE = tool.Case('PVT', tuple(SMALL.items()), (0, 2), 2, 64, 96, seed=1)
         (lambda outs: [out.mT.contiguous().mT for out in outs], 'not contiguous'),
         (lambda outs: [out / 0 for out in outs], 'not finite'),
         (lambda outs: [out + len(out) for out in outs], 'depends on the rest of the batch'),
-        (lambda outs: [out + kernels.PIECE for out in outs], 'depends on the size of pieces'),
+        (lambda outs: [out + cpu.traits().chunk for out in outs], 'depends on the size of chunks'),
     ],
 )
 def test_wrong_features_are_noticed(monkeypatch, change, fault):
