@@ -31,26 +31,30 @@ def lively(variant, **kwargs):
     return backbone
 
 
-def attention_outputs(backbone, image):
-    """Run the backbone as it is and return what the last attention of each stage gives."""
-    outputs = []
+def watch(backbone, image, part):
+    """Run the backbone and return the input and output of a part of each stage's last block."""
+    seen = []
     hooks = [
-        stage.blocks[-1].attn.register_forward_hook(lambda *args: outputs.append(args[2].clone()))
+        stage.blocks[-1]
+        .get_submodule(part)
+        .register_forward_hook(lambda _, inputs, out: seen.append((inputs[0], out)))
         for stage in backbone.stages
     ]
     with torch.no_grad():
         backbone(image)
     for hook in hooks:
         hook.remove()
-    return outputs
+    return seen
 
 
 def check_attention(variant, height, width):
     torch.manual_seed(height * 1000 + width)
     backbone, image = lively(variant), torch.randn(1, 3, height, width)
-    outputs = attention_outputs(backbone, image)
+    # A hook on a block leaves it to the fast path; one on its attention does not.
+    blocks, outputs = watch(backbone, image, ''), watch(backbone, image, 'attn')
+    traces = attention.trace_stages(backbone, image)
     with torch.no_grad():
-        for trace, output in zip(attention.trace_stages(backbone, image), outputs):
+        for stage, trace, (x, whole), (_, output) in zip(backbone.stages, traces, blocks, outputs):
             found = attention.explicit_attention(trace.attn, trace.tokens)
             weights, (rows, columns) = found.weights, found.key_grid
             queries = output[0, ..., 0].numel()
@@ -58,8 +62,11 @@ def check_attention(variant, height, width):
             torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
             if rows * columns > 1:
                 assert weights.max() * rows * columns > 1.02, 'not uniform, so that a mix-up shows'
-            again = attention.attention_output(trace.attn, attention)
+            again = attention.attention_output(trace.attn, found)
             torch.testing.assert_close(again, output.flatten(1, 2), atol=1e-5, rtol=1e-5)
+            x = x + again.unflatten(1, x.shape[1:3])  # (B, H, W, dim)
+            block = stage.blocks[-1]
+            torch.testing.assert_close(whole, x + block.mlp(block.norm2(x)), atol=1e-4, rtol=1e-4)
             some = attention.explicit_attention(trace.attn, trace.tokens, [0])
             torch.testing.assert_close(some.weights, weights[:, :, :1])
 
@@ -82,7 +89,7 @@ def test_a_backbone_in_bf16_is_traced_in_fp32():
     backbone, image = lively('v2', compute_dtype='bfloat16'), torch.randn(1, 3, 64, 96)
     traces = attention.trace_stages(backbone, image)
     with torch.no_grad():
-        for trace, output in zip(traces, attention_outputs(backbone, image)):
+        for trace, (_, output) in zip(traces, watch(backbone, image, 'attn')):
             found = attention.explicit_attention(trace.attn, trace.tokens)
             again = attention.attention_output(trace.attn, found)
             error = (again - output.flatten(1, 2)).abs().mean() / output.abs().mean()
