@@ -16,6 +16,7 @@ import torch
 from conftest import forget_runs
 from mmdet.models import SemiBaseDetector
 from mmengine.config import Config
+from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModel, ExponentialMovingAverage
 from mmengine.registry import MODELS, init_default_scope
@@ -27,9 +28,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pvt_mm import CheckpointMismatchError, convert_checkpoint
 from pvt_mm.apis import inference
+from pvt_mm.checkpoint import loaders
 from pvt_mm.checkpoint.convert import bare_backbone
 from pvt_mm.checkpoint.safe_load import read_checkpoint
 from pvt_mm.engine import runtime
+from pvt_mm.engine.runner import name_loaded_file
 from pvt_mm.errors import UserError
 
 FORMATS = ('official', 'timm', 'huggingface', 'mmdet', 'pvt_mm')
@@ -438,6 +441,55 @@ def test_a_runner_refuses_another_arch(resume, tmp_path):
     runner._train_loop = runner.build_train_loop(runner._train_loop)
     with pytest.raises(CheckpointMismatchError, match='do not fit PVTv2'):
         runner.load_or_resume()
+
+
+class ReadsAnother(Hook):
+    """Read a second file after the first and before that is loaded, as for a teacher's weights."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def after_load_checkpoint(self, runner, checkpoint):
+        read_checkpoint(self.file)
+
+
+def load_in_runner(first, second, config):
+    runner = runner_of(Net('b0'), first.parent, load_from=str(first))
+    runner.register_hook(ReadsAnother(second))
+    name_loaded_file(runner)
+    runner.load_or_resume()
+
+
+def load_in_module(first, second, config):
+    init_cfg = dict(type='Pretrained', checkpoint=str(first))
+    backbone = backbone_class('b0')(narrow('b0'), init_cfg=init_cfg)
+    with mock.patch.object(loaders.safe_load, 'drop_config', lambda _: read_checkpoint(second)):
+        backbone.init_weights()
+
+
+def load_in_predictor(first, second, config):
+    with mock.patch.object(loaders.safe_load, 'drop_config', lambda _: read_checkpoint(second)):
+        inference.Predictor(Config.fromfile(config), str(first), 'cpu')
+
+
+@pytest.mark.parametrize('load', [load_in_runner, load_in_module, load_in_predictor])
+def test_an_error_names_the_file_that_does_not_fit(load, tmp_path, small_config, demo_data):
+    """Of two files, read one after the other, the first does not fit: it is the one named."""
+    runtime.setup()
+    first, second = tmp_path / 'first.pth', tmp_path / 'second.pth'
+    torch.save({'state_dict': whole('b1', 'official')}, first)
+    torch.save({'state_dict': whole('b0', 'official')}, second)
+    with pytest.raises(CheckpointMismatchError) as refusal:
+        load(first, second, small_config('det'))
+    assert str(refusal.value).startswith(f'{first}: The weights do not fit PVT')
+    assert refusal.value.file == str(first)
+
+
+def test_weights_without_a_file_name_none():
+    """A state dict may come from anywhere."""
+    with pytest.raises(CheckpointMismatchError, match='^The weights do not fit PVTv2') as refusal:
+        small('v2').load_state_dict(published('b1'))
+    assert refusal.value.file is None
 
 
 # Safe reading

@@ -70,7 +70,7 @@ def test_the_tool_prints_a_table_and_its_exit_code_tells(
     out = capsys.readouterr().out
     (row,) = [line for line in out.splitlines() if line.startswith('grayscale image  ')]
     count = str(names.count('gray'))
-    assert row.split('  ')[1:] == [*row.split('  ')[1:-1], HARMLESS['grayscale image']]
+    assert row.endswith(f'  {HARMLESS["grayscale image"]}')
     assert row.split()[2:4] == [count, count]
     if code:
         assert f'truncated image:\n  {tmp_path / "data/train2017/002.jpg"}  (' in out

@@ -14,7 +14,7 @@ from mmengine.utils import ManagerMixin
 from reference import REPO
 
 from pvt_mm.config import datasets, task_of
-from pvt_mm.datasets import guard
+from pvt_mm.datasets import consistency, guard
 from pvt_mm.datasets.checks import STOPPING
 from pvt_mm.datasets.consistency import category_names, check_classes
 from pvt_mm.engine.options import enable_tta
@@ -239,7 +239,7 @@ def test_a_part_of_the_categories_may_be_learnt(config, tmp_path, monkeypatch):
     coco_set(tmp_path, ['clean'])
     change_json(tmp_path, lambda categories: categories.append(dict(id=6, name='five')))
     warnings = []
-    monkeypatch.setattr(guard, 'print_log', lambda text, **_: warnings.append(text))
+    monkeypatch.setattr(consistency, 'print_log', lambda text, **_: warnings.append(text))
     check(config('det', tmp_path))
     (warning,) = warnings
     assert 'objects of five are left out' in warning and 'num_classes=6 in the heads' in warning
@@ -264,7 +264,7 @@ def test_classes_that_a_data_set_refuses(config, demo_data):
 
 def test_our_configs_agree_with_their_data_sets(monkeypatch):
     """No recipe is refused by its own number of classes."""
-    monkeypatch.setattr(guard, 'category_names', lambda file: pytest.fail(file))
+    monkeypatch.setattr(consistency, 'category_names', lambda file: pytest.fail(file))
     for pattern in ('cascade_*_b2_fpn_*', 'dino_*', 'fpn_pvt_s_*_40k.py'):
         (path,) = (REPO / 'configs').glob(pattern)
         check_classes(Config.fromfile(path), str(path), ['train_dataloader'])

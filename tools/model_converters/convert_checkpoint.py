@@ -95,8 +95,8 @@ def write(checkpoint: dict[str, Any], out: Path) -> None:
             atomic_write(content.getvalue(), out)
         else:
             atomic_write(as_safetensors(checkpoint.get('state_dict', checkpoint)), out)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f'Could not write {out}: {error}.') from error
+    except OSError as error:
+        raise UserError(f'Could not write {out}: {error.strerror}.') from error
 
 
 def as_safetensors(tensors: dict[str, Any]) -> bytes:
