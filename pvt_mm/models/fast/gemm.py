@@ -82,23 +82,11 @@ def gemm(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = Fal
     Shape:
         x: (..., in) -> (..., out); weight: (out, in); bias: (out,).
     """
-    if cpu.traits().mkl_is_faster and x.dtype == torch.float32:
-        out = F.linear(x, weight, bias)
-    elif _linear is not None and x.dtype in (torch.float32, torch.bfloat16):
+    by_mkl = cpu.traits().mkl_is_faster and x.dtype == torch.float32
+    if _linear is not None and not by_mkl and x.dtype in (torch.float32, torch.bfloat16):
         return _linear(x, weight, bias, *(_GELU if gelu else _NO_ACTIVATION))
-    else:
-        out = gemm_by_convolution(x, weight, bias)
+    out = F.linear(x, weight, bias)
     return torch.ops.aten.gelu_(out) if gelu else out
-
-
-def gemm_by_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Multiply as a 1x1 convolution, which runs in oneDNN.
-
-    Shape:
-        x: (..., in) -> (..., out); weight: (out, in); bias: (out,).
-    """
-    out = F.conv2d(_image(x), weight[:, :, None, None], bias)  # (1, out, N, 1)
-    return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
 
 
 def _image(x: Tensor) -> Tensor:

@@ -61,24 +61,15 @@ def add_mlp(x: Tensor, norm: nn.LayerNorm, mlp: Any, dtype: torch.dtype) -> Tens
     Shape:
         x: (B, H, W, C), contiguous -> (B, H, W, C).
     """
-    layers = _cast_mlp(mlp, dtype)
-    if layers.dwconv is None:
-        tokens = x.view(-1, x.shape[-1])  # without a convolution, tokens do not meet
-        for rows in chunks(len(tokens), chunk_rows(len(layers.fc1[0]), dtype)):
-            chunk = norm(tokens[rows]).to(dtype)
-            tokens[rows].add_(gemm(gemm(chunk, *layers.fc1, gelu=True), *layers.fc2))
-        return x
-    hidden = len(layers.fc1[0])
-    batch, height, width, _ = x.shape
-    for images in chunks(batch, chunk_rows(2 * height * width * hidden, dtype)):
-        waiting: tuple[slice, Tensor] | None = None
-        for rows, part in _row_tiles(x[images], norm, layers):
-            # A tile of rows reads the last row of the tile before as it was.
-            if waiting is not None:
-                x[images, waiting[0]].add_(waiting[1])
-            waiting = rows, part
+    image = x if mlp.dwconv is not None else x.view(1, -1, 1, x.shape[-1])
+    waiting: tuple[Tensor, Tensor] | None = None
+    for place, part in _parts(image, norm, _cast_mlp(mlp, dtype)):
+        # A tile of rows reads the last row of the tile before as it was.
         if waiting is not None:
-            x[images, waiting[0]].add_(waiting[1])
+            waiting[0].add_(waiting[1])
+        waiting = image[place], part
+    if waiting is not None:  # None for an empty batch
+        waiting[0].add_(waiting[1])
     return x
 
 
@@ -107,6 +98,34 @@ def _cast_mlp(mlp: Any, dtype: torch.dtype) -> MlpLayers:
 
 
 # Inference
+
+
+def _parts(
+    image: Tensor, norm: nn.LayerNorm | None, layers: MlpLayers
+) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
+    """Yield some images and rows of them, and the MLP's result for these.
+
+    Args:
+        image: Tokens. Without a convolution they do not meet: all may count as one column.
+        norm: The norm before the MLP; None for none.
+        layers: The MLP.
+
+    Shape:
+        image: (B, H, W, C).
+    """
+    dtype, hidden = layers.fc1[0].dtype, len(layers.fc1[0])
+    if layers.dwconv is None:
+        for rows in chunks(image.shape[1], chunk_rows(hidden, dtype)):
+            tokens = image[:, rows] if norm is None else norm(image[:, rows])
+            yield (
+                (slice(None), rows),
+                gemm(gemm(tokens.to(dtype), *layers.fc1, gelu=True), *layers.fc2),
+            )
+        return
+    elements = 2 * image.shape[1] * image.shape[2] * hidden
+    for images in chunks(len(image), chunk_rows(elements, dtype)):
+        for rows, part in _row_tiles(image[images], norm, layers):
+            yield (images, rows), part
 
 
 def _row_tiles(
@@ -148,19 +167,12 @@ def _activated(x: Tensor, layers: MlpLayers, channels: slice) -> Tensor:
 
 def _mlp(x: Tensor, layers: MlpLayers) -> Tensor:
     """Compute the MLP chunk by chunk, without autograd."""
-    dtype = layers.fc1[0].dtype
-    out = x.new_empty(x.shape, dtype=dtype)
-    if layers.dwconv is None:
-        tokens, results = x.reshape(-1, x.shape[-1]), out.view(-1, x.shape[-1])
-        for rows in chunks(len(tokens), chunk_rows(len(layers.fc1[0]), dtype)):
-            hidden = gemm(tokens[rows].to(dtype), *layers.fc1, gelu=True)
-            results[rows] = gemm(hidden, *layers.fc2)
-        return out
-    elements = 2 * x.shape[1] * x.shape[2] * len(layers.fc1[0])
-    for images in chunks(len(x), chunk_rows(elements, dtype)):
-        for rows, part in _row_tiles(x[images], None, layers):
-            out[images, rows] = part
-    return out
+    has_conv = layers.dwconv is not None
+    image = x if has_conv else x.reshape(1, -1, 1, x.shape[-1])
+    out = image.new_empty(image.shape, dtype=layers.fc1[0].dtype)
+    for place, part in _parts(image, None, layers):
+        out[place] = part
+    return out.view(x.shape)
 
 
 # Training
