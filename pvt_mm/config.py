@@ -25,18 +25,18 @@ def load_config(
     data_root: str | None = None,
     training_options: Sequence[str] = (),
 ) -> Config:
-    """Load a config, apply ``--option``, ``--cfg-options``, ``--data-root``, name its work dir.
+    """Load a config, apply the options of a command line, and name its work dir.
 
     Args:
         path: A config file, or a name such as ``mmdet::retinanet/FILE.py``.
         cfg_options: Keys with dots, and their values. A bare ``data_root``, which mmengine would
-            take and ignore, is treated as the argument of that name.
-        data_root: Where the data set lies; replaces the config's own root everywhere.
+            ignore, is taken as the argument of that name.
+        data_root: Where the data set lies; it replaces the config's own root everywhere.
         training_options: Names of files in ``configs/_base_/options``.
 
     Raises:
-        UserError: Where the file is missing or is no config, it has several data roots, or there is
-            no such option.
+        UserError: Where the file is missing or no config, it has several data roots, or an option
+            does not exist.
     """
     cfg = read_config(path)
     for name in training_options:
@@ -57,8 +57,9 @@ def load_config(
 def add_training_option(cfg: Config, name: str) -> None:
     """Merge an option of ``configs/_base_/options`` into a config.
 
-    An option's file names what it changes ``KEY_NAME``, such as ``optim_wrapper_layer_decay``, so
-    that it can stand among a leaf's bases, where mmengine refuses a key that another one sets.
+    The file of an option calls the key that it changes ``KEY_NAME``, such as
+    ``optim_wrapper_layer_decay``. So it can be a base of a config: mmengine refuses two bases that
+    set the same key.
 
     Raises:
         UserError: Where there is no such option.
@@ -71,7 +72,7 @@ def add_training_option(cfg: Config, name: str) -> None:
 
 
 def _drop_none(node: Any, keys: list[str]) -> None:
-    """Remove a None on the way to an option's key, into which mmengine cannot merge a dict."""
+    """Remove a None above an option's key: mmengine cannot merge a dict into it."""
     for key in keys:
         if not isinstance(node, dict) or key not in node:
             return
@@ -96,36 +97,36 @@ def set_data_root(cfg: Config, root: str) -> None:
     before = old.pop().rstrip('/')
     after = root.rstrip('/') or '/'
 
-    def moved(node: Any) -> Any:
+    def replace_root(node: Any) -> Any:
         if isinstance(node, dict):
             for key in node:
-                node[key] = moved(node[key])
+                node[key] = replace_root(node[key])
         elif isinstance(node, (list, tuple)):
-            return type(node)(moved(child) for child in node)
+            return type(node)(replace_root(child) for child in node)
         elif isinstance(node, str) and (node == before or node.startswith(before + '/')):
             return after + node[len(before) :]
         return node
 
-    moved(cfg._cfg_dict)
+    replace_root(cfg._cfg_dict)
 
 
 def datasets(cfg: Config, loaders: Sequence[str] = LOADERS) -> Iterator[ConfigDict]:
-    """Yield the data sets of a config's loaders, out of their wrappers."""
+    """Yield the data sets of a config's loaders, without wrappers."""
 
-    def inner(node: Any) -> Iterator[ConfigDict]:
+    def unwrap(node: Any) -> Iterator[ConfigDict]:
         if isinstance(node, (list, tuple)):
             for child in node:
-                yield from inner(child)
+                yield from unwrap(child)
         elif 'dataset' in node:
-            yield from inner(node['dataset'])
+            yield from unwrap(node['dataset'])
         elif 'datasets' in node:
-            yield from inner(node['datasets'])
+            yield from unwrap(node['datasets'])
         else:
             yield node
 
     for loader in loaders:
         if cfg.get(loader):
-            yield from inner(cfg[loader]['dataset'])
+            yield from unwrap(cfg[loader]['dataset'])
 
 
 def task_of(cfg: Config, codebases: Sequence[str] = ('mmdet', 'mmseg')) -> str:
@@ -159,7 +160,7 @@ def read_config(name: str | Path, import_custom_modules: bool = True) -> Config:
     """Load a config by its path or its ``PACKAGE::DIR/FILE.py`` name.
 
     Raises:
-        UserError: Where there is none, naming the nearest, or it does not load.
+        UserError: Where there is none, with similar names, or it does not load.
     """
     file = find_config(str(name))
     try:
@@ -173,7 +174,7 @@ def find_config(name: str) -> Path:
     """Return the file of a config named by its path or as ``PACKAGE::DIR/FILE.py``.
 
     Raises:
-        UserError: Where there is none, naming the nearest.
+        UserError: Where there is none, with similar names.
     """
     package, is_named, path = name.rpartition('::')
     folder = config_folder(package) if is_named else Path()
@@ -195,10 +196,10 @@ def find_config(name: str) -> Path:
 
 
 def config_folder(package: str) -> Path:
-    """Return the folder of the configs that an installed package carries.
+    """Return the folder of an installed package's configs.
 
     Raises:
-        UserError: Where it is not installed, or carries none.
+        UserError: Where it is not installed, or has none.
     """
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     for place in (spec.submodule_search_locations if spec else None) or ():
@@ -209,36 +210,36 @@ def config_folder(package: str) -> Path:
 
 
 def config_names(folder: Path) -> list[str]:
-    """Return the paths, relative to a folder, of the configs in it that are no mere bases."""
+    """Return the relative paths of the configs in a folder, without bases."""
     paths = map(Path, glob.glob('**/*.py', root_dir=folder, recursive=True))  # follows links
     return sorted(path.as_posix() for path in paths if '_base_' not in path.parts)
 
 
 def nearest(wanted: str, names: Iterable[str], key: Callable[[str], str] = str) -> str:
-    """Ask for one of the names that come nearest to one that is not there; '' where none does.
+    """Return a question with the names most similar to a missing one; '' if none is similar.
 
     Args:
-        wanted: What is not there; it may be the beginning of a name.
-        names: Those that are there.
-        key: What of such a name is compared.
+        wanted: The missing name; it may be the beginning of a name.
+        names: Those that exist.
+        key: The part of a name that is compared.
     """
     matcher = difflib.SequenceMatcher(b=wanted, autojunk=False)
 
-    def likeness(name: str) -> float:
+    def similarity(name: str) -> float:
         ratios = []
         for text in (key(name), key(name)[: len(wanted)]):
             matcher.set_seq1(text)
             ratios.append(matcher.ratio())
         return max(ratios)
 
-    ranked = sorted((-likeness(name), len(name), name) for name in set(names))[:3]
+    ranked = sorted((-similarity(name), len(name), name) for name in set(names))[:3]
     near = [name for minus_ratio, _, name in ranked if minus_ratio < -0.6]
     return f'did you mean {" or ".join(near)}?' if near else ''
 
 
 def iter_dicts(node: Any) -> Iterator[dict]:
-    """Yield every dict in a nest of dicts, lists and tuples, once even where it is shared."""
-    seen: dict[int, dict] = {}  # holds them, so that no number is given again
+    """Yield every dict among nested dicts, lists and tuples; a shared one only once."""
+    seen: dict[int, dict] = {}  # keeps them alive, so that ids stay unique
 
     def walk(node: Any) -> Iterator[dict]:
         if isinstance(node, dict):

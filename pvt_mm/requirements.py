@@ -65,10 +65,11 @@ def pinned(module: str) -> str:
         lines = requires('pvt-mm') or []
     except PackageNotFoundError:
         lines = []
-    requirements = (line.partition(';')[0].strip() for line in lines)
-    return next(
-        (r for r in requirements if re.split('[^a-z-]', r)[0] == distribution), distribution
-    )
+    for line in lines:
+        requirement = line.partition(';')[0].strip()
+        if re.split('[^a-z-]', requirement)[0] == distribution:
+            return requirement
+    return distribution
 
 
 def register_config_packages() -> None:

@@ -86,7 +86,7 @@ def load_into_backbone(
         channels = target[_FIRST_CONV].shape[1]
         if tensors[_FIRST_CONV].shape[1] != channels:
             tensors[_FIRST_CONV] = adapt_channels(tensors[_FIRST_CONV], channels, adapt_in_channels)
-    fits = {k: t for k, t in tensors.items() if t.shape == target[k].shape}
+    fits = {key: value for key, value in tensors.items() if value.shape == target[key].shape}
     wanted = {atom for key in target for atom in match(key, PVT_MM)}
     surplus = _surplus(atoms, wanted)
     in_part = len(fits) < len(target) or surplus

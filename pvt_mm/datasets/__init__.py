@@ -1,1 +1,1 @@
-"""Data sets, checked before a training and guarded during it."""
+"""Data sets: checks before a training, and clear errors during it."""

@@ -1,8 +1,7 @@
-"""What a training would make of a data set, found before it: COCO's format and mmseg's label maps.
+"""Check a data set before a training: COCO's format, and mmseg's label maps.
 
-Images and annotations are read by the config's own data set and loading transforms, guarded as in
-a training, so what stops here stops there. What mmdet passes over in silence is found in the
-annotation file itself.
+Images and annotations are read by the config's own data set and loading transforms, as in training:
+what stops here stops there. What mmdet skips without a message is found in the annotation file.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ _EXIF_ORIENTATION = 274
 _NAMED = 'stops and names the file; --skip-bad-images takes another image instead'
 _AT_START = 'stops before the first iteration'
 
-#: What training does with each kind of bad data that stops it ...
+#: Kinds of bad data that stop a training, and how.
 STOPPING = {
     'missing file': _NAMED,
     'path too long': _NAMED,
@@ -53,7 +52,7 @@ STOPPING = {
     'data set that does not load': _AT_START,
     'classes that disagree': _AT_START,
 }
-#: ... and of what it goes on with.
+#: Kinds of data that a training goes on with, and what it does with them.
 HARMLESS = {
     'image without objects': 'leaves the image out (filter_cfg)',
     'image without objects, kept': 'trains on it as background',
@@ -78,7 +77,7 @@ HARMLESS = {
 }
 
 
-#: Wraps an iterator, of which it is told the length, as a progress bar does.
+#: Wraps an iterator and gets its length, as a progress bar does.
 Progress = Callable[..., Iterable]
 
 
@@ -104,13 +103,13 @@ def check_config(
         cfg: Config of a detector or segmentor.
         config: Its path, for messages.
         loaders: Those whose data sets are checked, each once.
-        progress: Shows how far it is.
+        progress: Shows how many images are done.
 
     Returns:
-        What was found, and the number of images that were read.
+        The findings, and the number of images that were read.
 
     Raises:
-        UserError: For data sets that are neither in COCO's format nor of mmseg.
+        UserError: For data sets that are neither in COCO's format nor mmseg's.
     """
     init_default_scope(task_of(cfg))
     found, images = [], 0
@@ -118,15 +117,15 @@ def check_config(
         check_classes(cfg, config, loaders)
     except UserError as error:
         found.append(Finding(config, 'classes that disagree', str(error)))
-    for data in _unlike(datasets(cfg, loaders)):
+    for data in _distinct(datasets(cfg, loaders)):
         more, count = _check_dataset(data, progress)
         found += more
         images += count
     return found, images
 
 
-def _unlike(found: Iterator[ConfigDict]) -> Iterator[ConfigDict]:
-    """Leave out data sets that differ from an earlier one in their pipeline at most."""
+def _distinct(found: Iterator[ConfigDict]) -> Iterator[ConfigDict]:
+    """Leave out data sets that are the same as an earlier one, but for the pipeline."""
     seen: list[dict] = []
     for data in found:
         source = {key: value for key, value in data.items() if key != 'pipeline'}
@@ -155,7 +154,7 @@ def _check_dataset(data: ConfigDict, progress: Progress) -> tuple[list[Finding],
             found += entries.found
             if entries.content is None:
                 return found, 0
-            if entries.fatal:  # what is left can still be checked
+            if entries.fatal:  # the other entries can still be checked
                 copy = stack.enter_context(tempfile.NamedTemporaryFile('w', suffix='.json'))
                 json.dump(entries.content, copy)
                 copy.flush()
@@ -163,7 +162,7 @@ def _check_dataset(data: ConfigDict, progress: Progress) -> tuple[list[Finding],
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
                 dataset.full_init()
-        except Exception as error:  # whatever it does not expect in its files
+        except Exception as error:  # any kind, on unexpected content
             reason = f'{type(error).__name__}: {error}'
             if 'need at least one array' in reason:
                 reason = 'no image is left to train on'
@@ -185,7 +184,7 @@ def _type_name(step: dict) -> str:
 
 
 class Entries:
-    """The entries of an annotation file, with what mmdet makes of them.
+    """The entries of an annotation file, and what mmdet does with them.
 
     Args:
         dataset: A CocoDataset, not initialised.
@@ -193,9 +192,9 @@ class Entries:
         content: The file's content; by default it is read.
 
     Attributes:
-        found: What was found.
+        found: The findings.
         fatal: Whether the file stops mmdet.
-        content: The file's content without the entries that do; None where nothing is left.
+        content: The file's content without the entries that stop mmdet; None if nothing is left.
     """
 
     def __init__(
@@ -235,7 +234,7 @@ class Entries:
         return os.path.join(self._folder, image['file_name'])
 
     def _check_image(self, entry: dict) -> bool:
-        """Check an image's entry, and tell whether mmdet can load it."""
+        """Check an image's entry; return whether mmdet can load it."""
         lacking = [key for key in ('id', 'file_name', 'height', 'width') if key not in entry]
         if lacking:
             name = self._path(entry) if 'file_name' in entry else self._file
@@ -250,7 +249,7 @@ class Entries:
         return True
 
     def _check_annotation(self, entry: dict, ids: set) -> bool:
-        """Check an object's entry, and tell whether mmdet can load it."""
+        """Check an object's entry; return whether mmdet can load it."""
         name = f'annotation {entry.get("id", "")}'
         lacking = [key for key in ('id', 'image_id', 'category_id') if key not in entry]
         image = self._images.get(entry.get('image_id'))
@@ -281,13 +280,13 @@ class Entries:
         return True
 
     def _left_out(self, entry: dict, image: dict) -> tuple[str, str]:
-        """Return the kind and detail of an object that mmdet passes over; the order is its own."""
-        x, y, w, h = entry['bbox']
-        if w < 1 or h < 1 or entry['area'] <= 0:
-            return 'box of zero area', f'{w}x{h}, area {entry["area"]}'
+        """Return kind and detail of an object that mmdet skips, in the order of mmdet's checks."""
+        x, y, width, height = entry['bbox']
+        if width < 1 or height < 1 or entry['area'] <= 0:
+            return 'box of zero area', f'{width}x{height}, area {entry["area"]}'
         inside = [
             max(0, min(start + size, end) - max(start, 0))
-            for start, size, end in ((x, w, image['width']), (y, h, image['height']))
+            for start, size, end in ((x, width, image['width']), (y, height, image['height']))
         ]
         if 0 in inside:
             return 'box outside the image', f'{entry["bbox"]} in {image["width"]}x{image["height"]}'
@@ -301,9 +300,9 @@ class Entries:
         return '', ''
 
     def _oddities(self, entry: dict, image: dict) -> Iterator[str]:
-        """Yield the kinds of what is unusual about an object that mmdet takes."""
-        x, y, w, h = entry['bbox']
-        if x < 0 or y < 0 or x + w > image['width'] or y + h > image['height']:
+        """Yield what is unusual about an object that mmdet takes."""
+        x, y, width, height = entry['bbox']
+        if x < 0 or y < 0 or x + width > image['width'] or y + height > image['height']:
             yield 'box partly outside'
         if entry.get('iscrowd'):
             yield 'crowd region'
@@ -311,7 +310,7 @@ class Entries:
             yield 'RLE mask'
 
     def images_without_objects(self, dataset: Any) -> list[Finding]:
-        """Return the images that a loaded data set knows no object of."""
+        """Return the images without objects in a loaded data set."""
         used = {dataset.get_data_info(index)['img_id'] for index in range(len(dataset))}
         smallest = (dataset.filter_cfg or {}).get('min_size', 0)
         found = []
@@ -329,7 +328,7 @@ class Entries:
 
 
 def _is_number(entry: dict, key: str) -> bool:
-    """Tell whether an entry has a number, or in a box four of them."""
+    """Tell whether an entry has a number under a key; in a box, four numbers."""
     value = entry.get(key)
     values = value if key == 'bbox' else [value]
     return (
@@ -343,7 +342,7 @@ def _is_number(entry: dict, key: str) -> bool:
 
 
 def _maps_without_image(dataset: Any) -> list[Finding]:
-    """Return the label maps of a folder that is read by its images and has none for them."""
+    """Return label maps without an image, where the folder of images is the list of samples."""
     folder = dataset.data_prefix.get('seg_map_path')
     if dataset.ann_file or not folder or not os.path.isdir(folder):
         return []
@@ -372,7 +371,7 @@ def _check_samples(dataset: Any, progress: Progress) -> list[Finding]:
 
 
 def _start(dataset: Any) -> None:
-    """Make a process ready to check samples; decoders print what is reported anyway."""
+    """Prepare a process for checking samples; what decoders print is hidden, as it is reported."""
     global _dataset
     _dataset = dataset
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
@@ -401,12 +400,12 @@ def _path_kinds(file: str, root: str) -> Iterator[str]:
 
 
 def _image_kinds(file: str, backend_args: dict | None) -> Iterator[str]:
-    """Yield what a readable image is beside three channels of 8 bits, by its header."""
+    """Yield how a readable image differs from three channels of 8 bits, by its header."""
     from PIL import Image  # a requirement of mmcv, not of pvt_mm
 
     try:
         image = Image.open(io.BytesIO(fileio.get(file, backend_args=backend_args)))
-    except Exception:  # the loading transform says what is wrong
+    except Exception:  # the loading transform reports it
         return
     if image.mode in ('1', 'L', 'LA', 'I', 'I;16', 'I;16B', 'I;16L', 'F'):
         yield 'grayscale image'
@@ -419,7 +418,7 @@ def _image_kinds(file: str, backend_args: dict | None) -> Iterator[str]:
 
 
 def _is_wide(image: Any) -> bool:
-    """Tell whether an image that Pillow opens in 8 bits has 16 a channel."""
+    """Tell whether an image that Pillow opens in 8 bits has 16 bits per channel."""
     return bool(image.tile and re.search(';16[BLN]', str(image.tile[0])))
 
 
@@ -430,9 +429,9 @@ def report(findings: Sequence[Finding], images: int, longest: int | None = 10) -
     """Return the findings as text: by file, then in a table.
 
     Args:
-        findings: What was found.
+        findings: To report.
         images: How many images were read.
-        longest: How many files are listed of a kind on which training goes on; None lists all.
+        longest: How many files are listed of a kind that does not stop training; None lists all.
     """
     if not findings:
         return f'Nothing found in {images} images.'

@@ -1,4 +1,4 @@
-"""Config, model and annotation files must agree."""
+"""Checks that config, model and annotation files agree."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from pvt_mm.errors import UserError
 
 
 def check_data(cfg: Config, loaders: Sequence[str]) -> None:
-    """Check that the annotations and image folders of a config's data sets are there.
+    """Check that the annotations and image folders of a config's data sets exist.
 
     Raises:
-        UserError: Naming what is missing, where it is expected and how to point elsewhere.
+        UserError: Naming what is missing, where it is expected and how to give another place.
     """
     for data in datasets(cfg, loaders):
         root = Path(data.get('data_root') or '')
@@ -31,7 +31,7 @@ def check_data(cfg: Config, loaders: Sequence[str]) -> None:
         folders = [prefix] if isinstance(prefix, str) else prefix.values()
         places = [data.get('ann_file'), data.get('split'), *folders]
         for place in places:
-            # URLs and paths of other storage are not ours to check.
+            # URLs and other storage are not checked.
             if (
                 not isinstance(place, str)
                 or not place
@@ -49,12 +49,12 @@ def check_data(cfg: Config, loaders: Sequence[str]) -> None:
 
 
 def check_classes(cfg: Config, config: str, loaders: Sequence[str]) -> None:
-    """Check that model, data set and annotations mean the same classes.
+    """Check that model, data set and annotations have the same classes.
 
     Args:
         cfg: Config of a detector or segmentor.
         config: Its path, for messages.
-        loaders: Those whose data sets are looked at.
+        loaders: Those whose data sets are checked.
 
     Raises:
         UserError: Naming what to write instead.
@@ -68,7 +68,7 @@ def check_classes(cfg: Config, config: str, loaders: Sequence[str]) -> None:
                 dataset = DATASETS.build(dict(data, lazy_init=True, pipeline=[]))
             except ValueError as error:
                 raise UserError(f'The data set of {loader} in {config}: {error}.') from error
-            except Exception:  # what it misses, the Runner will name
+            except Exception:  # the Runner will raise it again
                 continue
             if not _is_of(dataset, 'BaseDetDataset', 'BaseSegDataset'):  # videos, for one
                 continue
@@ -97,15 +97,15 @@ def is_coco(dataset: Any) -> bool:
 
 
 def _is_of(dataset: Any, *names: str) -> bool:
-    """Tell whether a data set is of one of some classes, without importing their codebase."""
+    """Tell whether a data set has one of these classes, without importing their codebase."""
     return any(kind.__name__ in names for kind in type(dataset).__mro__)
 
 
 def _num_classes(node: Any, path: str) -> Iterator[tuple[str, int]]:
-    """Yield where heads state the number of classes, as in ``--cfg-options``."""
+    """Yield the keys, as in ``--cfg-options``, and values of the heads' numbers of classes."""
     if isinstance(node, dict) and node.get('type') != 'STDCHead':  # it learns edges
         for key, value in node.items():
-            # These have classes of their own: objectness, stuff, ImageNet.
+            # The classes of these are others: objectness, stuff, ImageNet.
             if key == 'num_classes' and isinstance(value, int):
                 yield f'{path}.{key}', value
             elif key not in ('rpn_head', 'semantic_head', 'backbone'):
@@ -130,7 +130,7 @@ def _check_heads(heads: dict[str, int], classes: Sequence[str], config: str, loa
 def _check_names(
     classes: Sequence[str], names: list[str], file: str, config: str, loader: str
 ) -> None:
-    # mmdet numbers the labels in the order of the file and leaves out what it does not find.
+    # mmdet numbers labels in the order of the file, and skips classes that it does not find.
     if [name for name in names if name in classes] != list(classes):
         missing = [name for name in classes if name not in names]
         what = f'no category {_listed(missing)}' if missing else 'its categories in another order'
@@ -164,7 +164,7 @@ def category_names(file: str) -> list[str]:
     try:
         return _names(_categories_alone(file))
     except (LookupError, TypeError, ValueError):
-        pass  # they stand elsewhere, or nowhere
+        pass  # they are elsewhere in the file, or missing
     try:
         with open(file, encoding='utf-8') as stream:
             return _names(json.load(stream)['categories'])
@@ -180,7 +180,7 @@ def _names(categories: Any) -> list[str]:
 
 
 def _categories_alone(file: str) -> Any:
-    """Read the first list named categories: COCO's files take 10 seconds and 3 GB as a whole."""
+    """Read only the list of categories: COCO's whole file takes 10 seconds and 3 GB."""
     with open(file, 'rb') as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         found = re.search(rb'"categories"\s*:\s*(?=\[)', data)
         window = data[found.end() : found.end() + 2**20] if found else b''

@@ -1,11 +1,6 @@
-"""Bad data in a run: stopped with the file named, or skipped with a counted warning.
+"""Bad data in a run: an error that names the file, or a warning and another sample.
 
-The tools put two checks around a Runner; a script of one's own does the same::
-
-    data_guard.check_classes(cfg, 'my_config.py')
-    runner = Runner.from_cfg(cfg)
-    data_guard.guard_loading(runner, 'my_config.py')
-    runner.train()
+``build_runner`` puts the guard around a Runner's data loaders.
 """
 
 from __future__ import annotations
@@ -36,14 +31,14 @@ IGNORED = 255
 class GuardedLoader:
     """A loading transform whose errors name the file, and which checks what it has loaded.
 
-    mmdet would train on boxes that do not fit the picture, until the loss is infinite; mmseg on
-    label maps of another size, or it stops in a nameless error of the loss.
+    Without the checks, mmdet trains on boxes that do not fit the image until the loss is infinite;
+    mmseg trains on label maps of another size, or the loss raises an error without a file.
 
     Args:
         loader: A transform of mmcv, mmdet or mmseg.
-        num_classes: Labels from this on, but for 255, are unknown; None allows every label.
-        skipped: A counter that all workers share. With it, bad data gives a warning and None, for
-            which a data set draws another sample.
+        num_classes: Labels from this number on, except 255, are unknown; None allows all labels.
+        skipped: A counter shared by all workers. With it, bad data gives a warning and None, and
+            the data set takes another sample.
     """
 
     def __init__(
@@ -57,7 +52,7 @@ class GuardedLoader:
         """Load a sample's image or annotation.
 
         Raises:
-            DataError: Where it cannot be loaded or contradicts itself, unless it is skipped.
+            DataError: Where it cannot be loaded or is not consistent, unless it is skipped.
         """
         try:
             return self._load(results)
@@ -87,8 +82,8 @@ class GuardedLoader:
         return loaded
 
     def _named(self, error: Exception, results: dict[str, Any]) -> DataError:
-        """Find the file that an error is about and say what is wrong with it."""
-        # An image that is loaded already is not to blame.
+        """Return an error with the file at fault and what is wrong with it."""
+        # Where the image is loaded already, the annotation is at fault.
         path = results.get('seg_map_path' if 'img' in results else 'img_path')
         if isinstance(path, str):
             found = file_problem(path, getattr(self.loader, 'backend_args', None))
@@ -103,12 +98,12 @@ class GuardedLoader:
 
 
 def data_error(kind: str, detail: str, file: str) -> DataError:
-    """Return an error whose sentence says what is wrong with a file."""
+    """Return an error that says what is wrong with a file."""
     return DataError(f'{file}: {kind} ({detail}).', file, kind, detail)
 
 
 def file_problem(path: str, backend_args: dict | None = None) -> tuple[str, str] | None:
-    """Return the kind of what keeps an image file from being read, with a detail, or None."""
+    """Return why an image file cannot be read, as kind and detail, or None."""
     from PIL import Image, UnidentifiedImageError  # a requirement of mmcv, not of pvt_mm
 
     try:
@@ -182,7 +177,7 @@ def _largest_wide_id(file: str) -> int:
 
 
 def guard_pipeline(dataset: Any, skipped: Any = None) -> None:
-    """Put a guard around the loading transforms of a data set, or of those that it wraps."""
+    """Put a guard around the loading transforms of a data set and of those inside it."""
     for inner in [getattr(dataset, 'dataset', None), *getattr(dataset, 'datasets', [])]:
         if inner is not None:
             guard_pipeline(inner, skipped)
@@ -194,7 +189,7 @@ def guard_pipeline(dataset: Any, skipped: Any = None) -> None:
 
 
 def _guard(transforms: Any, num_classes: int | None, skipped: Any) -> None:
-    """Replace the loaders in a list of transforms, and in those that hold others."""
+    """Replace the loaders in a list of transforms, and in transforms that contain others."""
     for index, transform in enumerate(transforms):
         if type(transform).__name__.startswith('Load'):
             transforms[index] = GuardedLoader(transform, num_classes, skipped)
@@ -204,15 +199,13 @@ def _guard(transforms: Any, num_classes: int | None, skipped: Any) -> None:
 
 
 def guard_loading(runner: Runner, config: str, skip: bool = False) -> None:
-    """Have the data loaders of a Runner name what they cannot load.
-
-    Call it before ``train`` or ``test``, since a loader starts its workers when it is built.
+    """Have the data loaders of a Runner name the files that they cannot load.
 
     Args:
-        runner: A Runner whose loaders are not built yet.
+        runner: A Runner whose loaders are not built yet: a loader starts its workers then.
         config: The config's path, for messages.
-        skip: Replace bad samples by others in training. Evaluation always stops: without an image
-            its score would be another one's.
+        skip: Replace bad samples by others in training. Evaluation always stops: a score without
+            some images cannot be compared.
     """
     build = runner.build_dataloader
     train = runner.cfg.get('train_dataloader')
@@ -223,7 +216,7 @@ def guard_loading(runner: Runner, config: str, skip: bool = False) -> None:
         try:
             loader = build(dataloader, *args, **kwargs)
         except (AssertionError, LookupError, OSError, TypeError, ValueError) as error:
-            if 'is not in the' in str(error):  # of a registry: a name in the config is wrong
+            if 'is not in the' in str(error):  # a registry: a name in the config is wrong
                 raise
             raise UserError(
                 f'A data set of {config} cannot be loaded ({type(error).__name__}: {error}); '

@@ -89,13 +89,14 @@ class Part(nn.Module):
 class Backbone(Part):
     """The features of a backbone."""
 
-    about = 'the backbone: one feature map a stage, at strides 4, 8, 16 and 32'
+    about = 'the backbone: one feature map per stage, at strides 4, 8, 16 and 32'
     uses = ('backbone',)
 
     def named(self, image: Tensor) -> dict[str, Tensor]:
         """Compute ``stage1`` to ``stage4``, those that the config asks for."""
         features = self.model.backbone(image)
-        return {f'stage{i + 1}': x for i, x in zip(self.model.backbone.out_indices, features)}
+        indices = self.model.backbone.out_indices
+        return {f'stage{i + 1}': feature for i, feature in zip(indices, features)}
 
 
 class Segmentor(Part):
@@ -140,16 +141,16 @@ class TwoStage(Part):
     def named(self, image: Tensor) -> dict[str, Tensor]:
         """Compute ``feature0``, ..., ``rpn_cls_score0``, ..., ``rpn_bbox_pred0``, ..."""
         features = self.model.extract_feat(image)
-        pyramid = {f'feature{i}': x for i, x in enumerate(features)}
+        pyramid = {f'feature{i}': feature for i, feature in enumerate(features)}
         return pyramid | _by_level('rpn_', self.model.rpn_head(features))
 
 
 def _by_level(prefix: str, outputs: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
     kinds = ('cls_score', 'bbox_pred', 'other')[: len(outputs)]
     return {
-        f'{prefix}{kind}{i}': x
+        f'{prefix}{kind}{i}': output
         for kind, levels in zip(kinds, outputs, strict=True)
-        for i, x in enumerate(levels)
+        for i, output in enumerate(levels)
     }
 
 
@@ -297,7 +298,11 @@ def load(content: bytes, file_format: str) -> Run:
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors
     session = onnxruntime.InferenceSession(content, options, providers=['CPUExecutionProvider'])
-    return lambda image: [torch.from_numpy(x) for x in session.run(None, {'image': image.numpy()})]
+
+    def run(image: Tensor) -> list[Tensor]:
+        return [torch.from_numpy(array) for array in session.run(None, {'image': image.numpy()})]
+
+    return run
 
 
 # Numbers and speed

@@ -62,7 +62,8 @@ def add_checkpoint_hook(cfg: Config, whole: bool = False) -> None:
         cfg: Config of a run, changed in place.
         whole: Refuse weights of a backbone alone.
     """
-    others = [h for h in cfg.get('custom_hooks') or [] if h.get('type') != 'PVTCheckpointHook']
+    hooks = cfg.get('custom_hooks') or []
+    others = [hook for hook in hooks if hook.get('type') != 'PVTCheckpointHook']
     cfg.custom_hooks = [*others, dict(type='PVTCheckpointHook', whole=whole)]
 
 

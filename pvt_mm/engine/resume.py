@@ -177,8 +177,8 @@ def clear_errors(work_dir: str | Path) -> Iterator[None]:
         yield
     except (EOFError, ConnectionError) as error:  # the pipe of a worker that died
         raise UserError(
-            f'The training in {work_dir} stopped: a process that loads data was ended, perhaps for '
-            'lack of memory; go on with --resume and, by --cfg-options, a smaller '
+            f'The training in {work_dir} stopped: a process that loads data exited unexpectedly, '
+            'perhaps for lack of memory; go on with --resume and, by --cfg-options, a smaller '
             'train_dataloader.num_workers.'
         ) from error
     except DataError as error:

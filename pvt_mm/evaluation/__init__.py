@@ -1,1 +1,1 @@
-"""COCO scores."""
+"""Evaluation: COCO scores, and options of evaluators."""

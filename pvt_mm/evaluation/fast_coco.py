@@ -1,4 +1,4 @@
-"""COCO's scores by faster-coco-eval, which counts in C++: pycocotools' figures in less time."""
+"""COCO scores by faster-coco-eval, in C++: pycocotools' figures in less time."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ AP_DETECTIONS = 100
 class FastCOCOeval(COCOeval_faster):
     """faster-coco-eval with pycocotools' AP.
 
-    It takes the AP of all thresholds at the largest of ``maxDets``, pycocotools at 100. mmdet asks
-    for 100, 300 and 1000, so more than 100 boxes of a class in an image would change the figure.
+    It computes AP at the largest of ``maxDets``, pycocotools at 100. mmdet sets 100, 300 and 1000:
+    with more than 100 boxes of a class in an image, the figures would differ.
     """
 
     def __init__(self, ground_truth: Any, detections: Any, iou_type: str) -> None:
@@ -38,7 +38,7 @@ class FastCOCOeval(COCOeval_faster):
         super().evaluate()
 
     def summarize(self) -> None:
-        """Compute the twelve figures, and put the AP right."""
+        """Compute the twelve figures, and AP at 100 detections."""
         super().summarize()
         self.stats[0] = self._summarize(1, maxDets=AP_DETECTIONS)
 
@@ -49,7 +49,7 @@ class FastCocoMetric(CocoMetric):
 
     def compute_metrics(self, results: list) -> dict[str, float]:
         """Compute the scores of all images."""
-        self.use_mp_eval = False  # mmdet's own way to be faster
+        self.use_mp_eval = False  # mmdet's own faster class
         slow = coco_metric.COCOeval
         coco_metric.COCOeval = FastCOCOeval  # mmdet asks for it by this name and no other way
         try:

@@ -165,7 +165,7 @@ def resize_to_side(pixels: np.ndarray, side: int = SIDE) -> np.ndarray:
     return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
 
 
-def spread(
+def resize_map(
     values: np.ndarray,
     extent: tuple[float, float],
     size: tuple[int, int],
@@ -242,11 +242,13 @@ def plot_features(view: View, out_file: Path) -> None:
         feature = stage.feature
         rows, columns, channels = feature.shape
         extent = rows * stage.cell[0], columns * stage.cell[1]
-        colours = spread(principal_colours(feature), extent, pixels.shape[:2], cv2.INTER_NEAREST)
+        colours = resize_map(
+            principal_colours(feature), extent, pixels.shape[:2], cv2.INTER_NEAREST
+        )
         title = f'stage {i + 1}: {channels} channels\n{columns} x {rows} tokens'
         _show(axes[0, i + 1], colours, title)
         mean = unit_range(feature.mean(-1, keepdims=True))[:, :, 0]
-        _show(axes[1, i + 1], overlay(pixels, spread(mean, extent, pixels.shape[:2])))
+        _show(axes[1, i + 1], overlay(pixels, resize_map(mean, extent, pixels.shape[:2])))
     figure.savefig(out_file)
 
 
@@ -266,7 +268,7 @@ def plot_attention(view: View, point: Point, out_file: Path) -> None:
         _show(axes[i, 0], pixels, title)
         _mark(axes[i, 0], stage, token, (x, y), pixels.shape)
         for panel, (name, weights) in zip(axes[i, 1:], maps.items()):
-            wide = spread(weights / weights.max(), stage.key_extent, pixels.shape[:2])
+            wide = resize_map(weights / weights.max(), stage.key_extent, pixels.shape[:2])
             _show(panel, overlay(pixels, wide), f'{name}\nmax {weights.max():.1%}')
             _mark(panel, stage, token, (x, y), pixels.shape)
     figure.savefig(out_file)

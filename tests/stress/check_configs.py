@@ -48,7 +48,7 @@ from pvt_mm.config import (
     set_data_root,
     task_of,
 )
-from pvt_mm.engine import runtime
+from pvt_mm.engine import build_runner
 from pvt_mm.engine.options import without_pretrained
 from pvt_mm.errors import UserError
 from pvt_mm.tables import text_table
@@ -208,8 +208,7 @@ def check_config(path: Path, data: Path, iterations: int, folder: Path) -> Row:
     start = time.monotonic()
     cfg = load_config(str(path))
     shrink(cfg, data, iterations, folder / 'run')
-    runtime.setup(cfg)
-    runner = Runner.from_cfg(cfg)
+    runner = build_runner(cfg, config=str(path), train=True)
     runner.train()
     losses, _ = runner.message_hub.get_scalar('train/loss').data
     if not np.isfinite(losses).all():

@@ -133,9 +133,9 @@ def test_a_stage_knows_its_tokens_on_the_image():
 
 def test_a_map_is_laid_over_its_extent():
     """A key's place on the image is that of its tokens; what no key covers is 0."""
-    wide = pictures.spread(np.ones((3, 2)), (0.5, 0.75), (40, 80))
+    wide = pictures.resize_map(np.ones((3, 2)), (0.5, 0.75), (40, 80))
     assert (wide[:20, :60] == 1).all() and wide.sum() == 20 * 60
-    over = pictures.spread(np.eye(2), (1.5, 2.0), (40, 80))
+    over = pictures.resize_map(np.eye(2), (1.5, 2.0), (40, 80))
     assert over.shape == (40, 80) and over[2, 5] == 1 and over[2, -1] < 1
 
 
