@@ -28,7 +28,6 @@ import torch
 
 from pvt_mm import cli
 from pvt_mm.checkpoint.safe_load import read_checkpoint
-from pvt_mm.engine import runtime
 from pvt_mm.errors import UserError
 from pvt_mm.files import PARTIAL
 from pvt_mm.tables import text_table
@@ -366,7 +365,6 @@ def main() -> None:
     args = parse_args()
     if args.kills < 1:
         raise UserError(f'--kills {args.kills}: kill at least once.')
-    runtime.setup()
     folder = args.work_dir.resolve()
     make = [sys.executable, str(ROOT / 'tools/demo/make_demo_data.py')]
     make += ['--out', str(folder / 'data')]

@@ -26,7 +26,6 @@ from make_demo_data import make_demo_data
 from pvt_mm.apis.inference import Predictor, read_pixels
 from pvt_mm.cli import main_errors
 from pvt_mm.config import load_config
-from pvt_mm.engine.runtime import setup
 from pvt_mm.errors import UserError
 from pvt_mm.visualization import logs
 
@@ -229,7 +228,6 @@ def parse_args() -> argparse.Namespace:
 @main_errors
 def main() -> None:
     args = parse_args()
-    setup()
     out = args.work_dir.resolve()
     out.mkdir(parents=True, exist_ok=True)
     announce('The data set')
