@@ -3,8 +3,6 @@
 import sys
 from importlib import import_module
 
-import pvt_mm
-
 MOVED = {
     'classification': 'models.classification',
     'layers': 'models.layers',
@@ -16,4 +14,4 @@ MOVED = {
 for old, new in MOVED.items():
     module = import_module(f'pvt_mm.{new}')
     sys.modules[f'pvt_mm.{old}'] = module
-    setattr(pvt_mm, old, module)
+    setattr(sys.modules['pvt_mm'], old, module)
