@@ -1,4 +1,4 @@
-"""Weights arrive whole, in any format, by any road, or are refused in a sentence."""
+"""Weights arrive whole, in any format, loaded in any way, or are refused in a sentence."""
 
 import copy
 
@@ -121,7 +121,7 @@ def test_unwrap_finds_the_weights_in_any_wrapper():
         assert unwrap(checkpoint) == {'a': tensor}
 
 
-# Roads
+# Ways to load
 
 
 def as_state_dict(model, weights, path):
@@ -152,23 +152,23 @@ def detector_into_backbone(model, weights, path):
     model.load_state_dict(whole)
 
 
-ROADS = (
+WAYS = (
     as_state_dict, as_pretrained, as_checkpoint_file, inside_detector, detector_into_backbone
 )  # fmt: skip
 
 
-@pytest.mark.parametrize('road', ROADS, ids=lambda road: road.__name__)
+@pytest.mark.parametrize('way', WAYS, ids=lambda way: way.__name__)
 @pytest.mark.parametrize(
     ('arch', 'fmt'), [(a, f) for a in ('tiny', 'b0', 'b2_li') for f in FORMATS if expressible(a, f)]
 )
-def test_every_format_arrives_by_every_road(arch, fmt, road, tmp_path):
+def test_every_format_arrives_in_every_way(arch, fmt, way, tmp_path):
     """All tensors arrive, and the features are those of the official format."""
     weights = official_weights(arch, classification=True)
     cls = PVT if arch in V1 else PVTv2
     expected = cls(arch)
     expected.load_state_dict(weights)
     model = cls(arch)
-    road(model, convert_checkpoint(weights, to=fmt), tmp_path / 'weights.pth')
+    way(model, convert_checkpoint(weights, to=fmt), tmp_path / 'weights.pth')
     for out, other in zip(features(model), features(expected)):
         torch.testing.assert_close(out, other, rtol=0, atol=1e-6)
 
@@ -245,7 +245,7 @@ def test_fewer_stages_take_their_part_of_whole_weights():
     assert torch.equal(second, weights['patch_embed2.proj.weight'])
 
 
-# The loud no
+# What does not fit
 
 
 def without(weights, part):
@@ -296,7 +296,7 @@ def test_unknown_keys_are_reported_by_a_strict_load():
 
 
 def test_allow_partial_takes_what_fits():
-    """On every road, tensors that fit are taken, the others keep their values, nothing raises."""
+    """However they are loaded, tensors that fit are taken, the others keep their values, nothing raises."""
     weights = official_weights('tiny')
     for part in (without(weights, 'fc1'), official_weights('small'), {'other.weight': weights}):
         model = PVT('tiny', allow_partial=True)

@@ -1,4 +1,4 @@
-"""Bad and malicious files: every kind on every road, nothing run, one sentence, exit code 1."""
+"""Bad and malicious files: every kind in every way to load, nothing run, one sentence, exit code 1."""
 
 import argparse
 import functools
@@ -90,7 +90,7 @@ def yaml_call(folder):
     return f'x: !!python/object/apply:os.system ["touch {folder / "ran"}"]\n'
 
 
-# Every kind of bad checkpoint, on every road
+# Every kind of bad checkpoint, in every way to load
 
 
 @pytest.fixture(scope='module')
@@ -205,7 +205,7 @@ KINDS = {
 }  # fmt: skip
 
 
-ROADS = {
+WAYS = {
     'load_from': lambda config, data, bad: ('train', config, *data, '--load-from', bad),
     'resume': lambda config, data, bad: ('train', config, *data, '--resume', bad),
     'init_cfg': lambda config, data, bad: ('train', config, *data, '--cfg-options', *start(bad)),
@@ -223,26 +223,26 @@ def start(checkpoint):
 
 
 @pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize('road', ROADS)
+@pytest.mark.parametrize('way', WAYS)
 def test_bad_checkpoints_are_refused_in_one_sentence(
-    kind, road, detector, demo_data, failing, quick, tmp_path
+    kind, way, detector, demo_data, failing, quick, tmp_path
 ):
     """The sentence names the file and the reason; nothing is run, nothing is written."""
     config, good = detector
     write, message = KINDS[kind]
     write(tmp_path / 'bad.pth', good)
-    line = failing(*ROADS[road](config, ('--data-root', demo_data / 'coco'), tmp_path / 'bad.pth'))
+    line = failing(*WAYS[way](config, ('--data-root', demo_data / 'coco'), tmp_path / 'bad.pth'))
     assert 'bad.pth' in line
     assert re.search(message, line)
     assert not (tmp_path / 'out.pth').exists()
 
 
-@pytest.mark.parametrize('road', ['infer', 'convert'])
+@pytest.mark.parametrize('way', ['infer', 'convert'])
 @pytest.mark.parametrize('content', [b'', b'hello', 9 * b'\xff', b'\x08' + bytes(7) + b'{}'])
-def test_bad_safetensors_are_refused(road, content, detector, failing, tmp_path):
+def test_bad_safetensors_are_refused(way, content, detector, failing, tmp_path):
     """The other file format, likewise."""
     (tmp_path / 'bad.safetensors').write_bytes(content)
-    line = failing(*ROADS[road](detector[0], (), tmp_path / 'bad.safetensors'))
+    line = failing(*WAYS[way](detector[0], (), tmp_path / 'bad.safetensors'))
     assert re.search(r'bad\.safetensors (is empty|is damaged|holds no weights)', line)
 
 
@@ -516,9 +516,9 @@ def test_no_tool_runs_a_config_in_a_checkpoint(
     """Train, resume, test, infer and convert take such a file, and leave its text alone."""
     monkeypatch.setattr(Runner, 'call_hook', stop_before_iterations(Runner.call_hook))
     data = ('--data-root', demo_data / 'coco')
-    for road in ('load_from', 'resume', 'test'):
+    for way in ('load_from', 'resume', 'test'):
         with pytest.raises(StoppedError):
-            run_main(tmp_path, *ROADS[road](detector[0], data, evil_config))
+            run_main(tmp_path, *WAYS[way](detector[0], data, evil_config))
     (image, *_) = (demo_data / 'coco/val2017').iterdir()
     run_main(tmp_path, 'infer', detector[0], evil_config, image)
     run_main(tmp_path, 'convert_checkpoint', evil_config, 'out.pth', *TO)
@@ -632,14 +632,14 @@ def part_of(good, keep):
     return {key.removeprefix('backbone.'): v for key, v in weights.items() if keep(key)}
 
 
-@pytest.mark.parametrize('road', ['test', 'infer'])
-def test_a_bare_backbone_is_not_tested(road, detector, demo_data, failing, quick, tmp_path):
+@pytest.mark.parametrize('way', ['test', 'infer'])
+def test_a_bare_backbone_is_not_tested(way, detector, demo_data, failing, quick, tmp_path):
     """Random heads would give scores that mean nothing."""
     backbone = part_of(detector[1], lambda key: key.startswith('backbone.'))
     prefixed = {f'backbone.{key}': value for key, value in backbone.items()}
-    torch.save(backbone if road == 'test' else prefixed, tmp_path / 'bare.pth')
+    torch.save(backbone if way == 'test' else prefixed, tmp_path / 'bare.pth')
     data = ('--data-root', demo_data / 'coco')
-    line = failing(*ROADS[road](detector[0], data, tmp_path / 'bare.pth'))
+    line = failing(*WAYS[way](detector[0], data, tmp_path / 'bare.pth'))
     assert 'bare.pth: These weights are of a backbone alone, without neck' in line
 
 

@@ -1,6 +1,6 @@
-"""Every format by every road for every arch, wrappers, other people's heads, and safe reading.
+"""Every format loaded in every way for every arch, wrappers, other people's heads, and safe reading.
 
-The archs have their published depths but an eighth of their widths: names decide on these roads,
+The archs have their published depths but an eighth of their widths: names decide here,
 and narrow weights can all be compared.
 """
 
@@ -123,7 +123,7 @@ def runner_of(model, folder, **kwargs):
         )
 
 
-# Roads: each takes weights to backbones, and returns these
+# Ways to load: each takes weights to backbones, and returns these
 
 
 def by_load_state_dict(arch, fmt, folder):
@@ -196,7 +196,7 @@ def inside_teacher_and_student(arch, fmt, folder):
     return [net.teacher.backbone, net.student.backbone]
 
 
-ROADS = (
+WAYS = (
     by_load_state_dict, by_pretrained, by_load_checkpoint, by_load_from, by_resume,
     inside_a_detector, inside_ddp, inside_ema, inside_teacher_and_student,
 )  # fmt: skip
@@ -211,12 +211,12 @@ def check(backbones, arch):
         assert not wrong
 
 
-@pytest.mark.parametrize('road', ROADS, ids=lambda road: road.__name__)
+@pytest.mark.parametrize('way', WAYS, ids=lambda way: way.__name__)
 @pytest.mark.parametrize(('arch', 'fmt'), PAIRS)
-def test_every_format_of_every_arch_arrives_by_every_road(arch, fmt, road, tmp_path):
+def test_every_format_of_every_arch_arrives_in_every_way(arch, fmt, way, tmp_path):
     """All backbone tensors arrive, bit for bit, and the load is strict."""
     runtime.setup()
-    check(road(arch, fmt, tmp_path), arch)
+    check(way(arch, fmt, tmp_path), arch)
 
 
 # Tools

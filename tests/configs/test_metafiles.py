@@ -108,7 +108,7 @@ def test_mmengine_finds_a_recipe_by_its_name():
 
 @pytest.mark.parametrize('state', ['missing', 'text'])
 def test_setup_makes_the_links(state, tmp_path):
-    """Where .mim is missing, or its links became text files, it is made again."""
+    """Where .mim is missing, or its links became text files, setup.py makes it."""
     for name in ('setup.py', 'pyproject.toml', 'model-index.yml'):
         shutil.copy(REPO / name, tmp_path)
     shutil.copytree(REPO / 'requirements', tmp_path / 'requirements')

@@ -272,7 +272,7 @@ def test_our_configs_agree_with_their_data_sets(monkeypatch):
 
 @pytest.mark.parametrize('place', ['first', 'last', 'far', 'decoy'])
 def test_categories_are_read_wherever_they_stand(place, tmp_path):
-    """Before or after much else, in a piece longer than the window, or behind a namesake."""
+    """Before or after much else, in a list longer than the window, or behind a namesake."""
     categories = [dict(id=i, name=f'class_{i}') for i in range(3)]
     if place == 'far':
         categories[1]['description'] = 'x' * 2**21

@@ -101,7 +101,7 @@ def made_on(page):
 
 
 def names_of_package(tree):
-    """Yield the dotted names of pvt_mm that a piece of Python uses."""
+    """Yield the dotted names of pvt_mm that Python code uses."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.startswith('pvt_mm'))

@@ -92,7 +92,7 @@ print(passes(10))
 
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='how glibc keeps memory')
 def test_freed_memory_is_kept_once_the_fast_path_was_taken():
-    """Buffers freed and made again cost no page faults then, of which there were thousands."""
+    """Buffers freed and allocated again cost no page faults then; before, thousands."""
     faults = {}
     for name in ('forward', 'none'):
         command = [sys.executable, '-W', 'ignore', '-c', GLIBC, name]
