@@ -11,6 +11,7 @@ import math
 import statistics
 import threading
 import time
+import types
 from unittest import mock
 
 import pytest
@@ -516,6 +517,21 @@ def test_flop_counter_mode(variant):
         assert counter.get_total_flops() == pytest.approx(2 * expected, rel=0.01)
 
 
+@every_variant
+def test_flops_of_a_training_step(variant):
+    """PyTorch's counter sees as many in fp32 as in float64."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def count(model, image):
+        counter = FlopCounterMode(display=False)
+        with counter, plain_attention():
+            loss_of(model(image)).backward()
+        return counter.get_total_flops()
+
+    model = build(variant, training=True)
+    assert count(model, IMAGE) == count(exact(model), IMAGE.double()) > 4 * layer_macs(model, IMAGE)
+
+
 def sdpa_macs(inputs, outputs):
     """Count fused attention for fvcore and mmengine, which do not know it."""
     query, key = (value.type().sizes() for value in inputs[:2])
@@ -962,11 +978,23 @@ def test_accelerate_hooks(layer):
         assert_near(model(IMAGE), expected_of('v2'))
 
 
-@pytest.mark.parametrize('name', ['linear', 'conv2d', 'layer_norm', 'scaled_dot_product_attention'])
+PATCHED = {
+    'linear': nn.Linear,
+    'conv2d': nn.Conv2d,
+    'layer_norm': nn.LayerNorm,
+    'gelu': nn.GELU,
+    'relu': nn.ReLU,
+    'dropout': nn.Dropout,
+    'adaptive_avg_pool2d': nn.AdaptiveAvgPool2d,
+    'scaled_dot_product_attention': SpatialReductionAttention,
+}
+
+
+@pytest.mark.parametrize('name', PATCHED)
 @both_modes
 def test_patched_function(name, training):
     """A function of torch.nn.functional that somebody patched is called, as often as always."""
-    model = build(training=training)
+    model = build('v2_li', training)
     original, counts = getattr(F, name), []
 
     def counted(*args, **kwargs):
@@ -975,10 +1003,12 @@ def test_patched_function(name, training):
 
     with mock.patch.object(F, name, counted):
         found = model(IMAGE)
-    assert_near(found, expected_of('v2'))
-    kinds = {'linear': nn.Linear, 'conv2d': nn.Conv2d, 'layer_norm': nn.LayerNorm}
-    kind = kinds.get(name, SpatialReductionAttention)
-    assert len(counts) == sum(isinstance(m, kind) for m in model.modules())
+    assert_near(found, expected_of('v2_li'))
+    calls = []
+    for module in model.modules():
+        module.register_forward_hook(lambda m, *_: calls.append(isinstance(m, PATCHED[name])))
+    model(IMAGE)
+    assert len(counts) == sum(calls) > 0
 
 
 @pytest.mark.parametrize('cls', [nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GELU])
@@ -1047,7 +1077,39 @@ def set_on_dropouts(model):
             module.train()
 
 
+def in_place(name, **attributes):
+    """A change of a module's attributes."""
+
+    def change(model):
+        for key, value in attributes.items():
+            assert hasattr(block_of(model).get_submodule(name), key)
+            setattr(block_of(model).get_submodule(name), key, value)
+
+    return change
+
+
+def dropped_path(model):
+    """Drop both branches of a block, nearly surely, in evaluation."""
+    block_of(model).drop_path.rate = 1 - 1e-6
+    block_of(model).drop_path.train()
+
+
+def doubled_reduction(model):
+    """Put another method on an instance."""
+    attn = block_of(model).attn
+    reduce = type(attn).reduce
+    attn.reduce = types.MethodType(lambda self, x: 2 * reduce(self, x), attn)
+
+
 CHANGES = {
+    'eps of norm1': in_place('norm1', eps=0.5),
+    'eps of norm2': in_place('norm2', eps=0.5),
+    'eps of the attention norm': in_place('attn.norm', eps=0.5),
+    'another number of heads': in_place('attn', num_heads=1),
+    'stride of sr': in_place('attn.sr', stride=(2, 2)),
+    'padding of sr': in_place('attn.sr', padding=(2, 2)),
+    'drop path of an eval model': dropped_path,
+    'another reduce': doubled_reduction,
     'fewer hidden units': thinner,
     'q without bias': replaced('attn.q', lambda m: linear_like(m, bias=False)),
     'kv without bias': replaced('attn.kv', lambda m: linear_like(m, bias=False)),
@@ -1106,10 +1168,12 @@ def changes_of(variant):
     for name, kwargs in SR_CHANGES.items():
         changes[name] = replaced('attn.sr', lambda m, kwargs=kwargs: conv_like(m, **kwargs))
     if variant != 'v1':
+        changes['dilation of dwconv'] = in_place('mlp.dwconv', padding=(2, 2), dilation=(2, 2))
         for name, kwargs in DWCONV_CHANGES.items():
             changes[name] = replaced('mlp.dwconv', lambda m, kwargs=kwargs: conv_like(m, **kwargs))
     if variant == 'v2_li':  # its convolution is 1 x 1
         del changes['sr of another kernel'], changes['sr with dilation']
+        changes['another grid'] = in_place('attn.pool', output_size=3)
     return changes
 
 
@@ -1231,6 +1295,75 @@ def test_weight_changed_before_backward(variant):
         loss.backward()
 
 
+LOSSES = {
+    'sum': lambda outs: sum(out.sum() for out in outs),
+    'one image': lambda outs: outs[1][0].square().sum(),
+    'a view': lambda outs: outs[0][..., 0].sum() + outs[3][..., ::2].square().sum(),
+}
+
+
+@pytest.mark.parametrize('loss', LOSSES)
+@every_variant
+def test_gradients_of_views(variant, loss):
+    """Gradients that come expanded, strided or not at all."""
+    model = build(variant, training=True)
+
+    def run(model, image):
+        given = list(model.parameters())
+        return torch.autograd.grad(LOSSES[loss](model(image)), given, allow_unused=True)
+
+    for found, expected in zip(run(model, IMAGE), run(exact(model), IMAGE.double())):
+        assert (found is None) == (expected is None)
+        zero = expected is None or expected.abs().max() < 1e-6  # the sum of a norm's output
+        assert zero or near(found, expected, 2e-3)
+
+
+@every_variant
+def test_gradients_of_some(variant):
+    """A backward pass for one parameter alone, and hooks that wait for all."""
+    model = build(variant, training=True)
+    done = []
+    torch.autograd.graph.register_multi_grad_hook(list(model.parameters()), done.append)
+    loss_of(model(IMAGE)).backward()
+    assert len(done) == 1 and len(done[0]) == len(gradients_of(variant))
+    for name in ('attn.q.weight', 'attn.kv.bias', 'norm1.weight', 'mlp.fc1.weight', 'mlp.fc2.bias'):
+        model.zero_grad()
+        parameter = block_of(model).get_parameter(name)
+        loss_of(model(IMAGE)).backward(inputs=[parameter])
+        assert near(parameter.grad, gradients_of(variant)[f'{BLOCK}.{name}'], 1e-3)
+        assert sum(p.grad is not None for p in model.parameters()) == 1
+
+
+@every_variant
+def test_many_gradients_at_once(variant):
+    """is_grads_batched, which vectorised Jacobians and Hessians use."""
+
+    def run(model, image):
+        out = model(image)[-1].flatten()[:5]
+        layers = [block_of(model).mlp.fc1.weight, block_of(model).attn.kv.weight]
+        rows = torch.eye(5, dtype=image.dtype)
+        return torch.autograd.grad(out, layers, rows, is_grads_batched=True)
+
+    model = build(variant)
+    assert_near(run(model, IMAGE), run(exact(model), IMAGE.double()), 1e-3)
+
+
+@every_variant
+def test_layout_of_weights(variant):
+    """Weights whose memory lies another way, as .t() and expand leave it."""
+    model = build(variant)
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            weight = module.weight.data
+            module.weight.data = weight.transpose(0, 1).contiguous().transpose(0, 1)
+    assert_right(model)
+    assert_right_gradients(model)
+    fc1 = block_of(model).mlp.fc1
+    fc1.weight.data = fc1.weight.data[:1].expand_as(fc1.weight)
+    fc1.bias.data = fc1.bias.data[:1].expand_as(fc1.bias)
+    assert_right(model)
+
+
 # Tensors of other classes
 
 
@@ -1331,6 +1464,87 @@ def test_default_device(variant):
         assert_right_gradients(build(variant, training=True))
     finally:
         torch.set_default_device(None)
+
+
+@contextlib.contextmanager
+def deterministic():
+    """PyTorch then fills fresh memory with NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+SETTINGS = {
+    'deterministic': deterministic,
+    'default dtype float64': lambda: default_dtype(torch.float64),
+    'default dtype bfloat16': lambda: default_dtype(torch.bfloat16),
+    'without oneDNN': lambda: torch.backends.mkldnn.flags(enabled=False),
+}
+
+
+@pytest.mark.parametrize('setting', SETTINGS)
+@every_variant
+def test_settings(variant, setting):
+    """Global settings of PyTorch's."""
+    model, expected = build(variant), gradients_of(variant)
+    with SETTINGS[setting]():
+        for size, image in IMAGES.items():
+            with torch.no_grad():
+                outs = model(image)
+            assert_near(outs, expected_of(variant, size))
+            assert {out.dtype for out in outs} == {torch.float32}
+        assert_right_gradients(model, expected=expected)
+
+
+@pytest.mark.parametrize('with_cp', [False, True])
+@both_versions
+def test_random_numbers(variant, with_cp):
+    """With the same seed, a model that is watched drops the same paths as one that is not."""
+    model = build(variant, training=True, drop_path_rate=0.6, with_cp=with_cp)
+    watched = copy.deepcopy(model)
+    for module in watched.modules():
+        module.register_forward_hook(lambda *_: None)
+    torch.manual_seed(0)
+    found = gradients(model)
+    torch.manual_seed(0)
+    expected = gradients(watched)
+    assert all(near(found[name], expected[name], 1e-3) for name in expected)
+    assert not near(found[f'{BLOCK}.norm2.bias'], gradients_of(variant)[f'{BLOCK}.norm2.bias'])
+
+
+@both_versions
+def test_images_that_are_not_finite(variant):
+    """A bad image spoils its own features only."""
+    model = build(variant)
+    for bad in (math.nan, math.inf):
+        image = IMAGE.clone()
+        image[0, 0, 0, 0] = bad
+        for context in (torch.no_grad, torch.enable_grad):
+            with context():
+                outs = model(image)
+            assert not any(out[0].isfinite().all() for out in outs)
+            assert_near([out[1] for out in outs], [out[1] for out in expected_of(variant)])
+
+
+@every_variant
+def test_no_images(variant):
+    """A batch of none."""
+    model = build(variant)
+    for context in (torch.no_grad, torch.enable_grad):
+        with context():
+            outs = model(IMAGE[:0])
+        assert [out.shape[1:] for out in outs] == [out.shape[1:] for out in expected_of(variant)]
 
 
 @pytest.mark.parametrize('backend', ['MATH', 'FLASH_ATTENTION'])
