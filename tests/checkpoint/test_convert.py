@@ -296,7 +296,7 @@ def test_unknown_keys_are_reported_by_a_strict_load():
 
 
 def test_allow_partial_takes_what_fits():
-    """However they are loaded, tensors that fit are taken, the others keep their values, nothing raises."""
+    """Tensors that fit are taken, the others keep their values, nothing raises."""
     weights = official_weights('tiny')
     for part in (without(weights, 'fc1'), official_weights('small'), {'other.weight': weights}):
         model = PVT('tiny', allow_partial=True)

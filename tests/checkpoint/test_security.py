@@ -1,4 +1,4 @@
-"""Bad and malicious files: every kind in every way to load, nothing run, one sentence, exit code 1."""
+"""Bad and malicious files: every kind, loaded in every way; nothing run, one sentence, code 1."""
 
 import argparse
 import functools

@@ -1,4 +1,4 @@
-"""Every format loaded in every way for every arch, wrappers, other people's heads, and safe reading.
+"""Every format, loaded in every way, for every arch; wrappers, other people's heads.
 
 The archs have their published depths but an eighth of their widths: names decide here,
 and narrow weights can all be compared.
