@@ -42,9 +42,11 @@ demo-all: install
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(TESTS)
 
+# Demo and benchmark scripts import their neighbours by name.
 lint: install
 	$(BIN)/ruff check .
-	$(BIN)/mypy pvt_mm
+	$(BIN)/ruff format --check .
+	MYPYPATH=tools/demo:tools/benchmark $(BIN)/mypy pvt_mm setup.py tools/*.py tools/*/*.py tests/stress/*.py
 
 # Without the variable, Material prints that it will be succeeded by another tool.
 docs: install

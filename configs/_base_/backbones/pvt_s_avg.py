@@ -1,5 +1,5 @@
 # PVT-Small whose keys and values shrink by average pooling, not by a strided convolution.
-# Its ImageNet-1k weights are those of pvt_s.py; the linear layers after the pooling are initialised.
+# Its ImageNet-1k weights are those of pvt_s.py; the linear layers after pooling are initialised.
 backbone = dict(
     type='PVT',
     arch='small',
