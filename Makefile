@@ -45,7 +45,7 @@ test: install
 # Demo and benchmark scripts import their neighbours by name.
 lint: install
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff format --check pvt_mm tests tools setup.py
 	MYPYPATH=tools/demo:tools/benchmark $(BIN)/mypy pvt_mm setup.py tools/*.py tools/*/*.py tests/stress/*.py
 
 # Without the variable, Material prints that it will be succeeded by another tool.
