@@ -88,7 +88,7 @@ class RankProbe(Hook):
     """Write each rank's loss and a hash of its model after every iteration; fail if told to.
 
     Args:
-        out: Folder of the files, one a rank, a JSON object a line.
+        out: Folder of the files: one per rank, with one JSON object per line.
         fault: One of FAULTS, or None; the second rank fails at its third iteration.
     """
 

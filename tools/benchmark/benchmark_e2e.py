@@ -207,7 +207,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('--works', nargs='+', choices=WORKS, default=WORKS, help='(default: all)')
     parser.add_argument('--size', help='of images (default: 800x1344; 512x512 in segmentation)')
-    parser.add_argument('--batch', type=int, default=1, help='images a step (default: 1)')
+    parser.add_argument('--batch', type=int, default=1, help='images per step (default: 1)')
     parser.add_argument('--runs', type=int, default=5, help='rounds (default: 5)')
     parser.add_argument('--csv', metavar='FILE', help='write the table to a file as well')
     parser.add_argument('--anyway', action='store_true', help='measure on a busy machine too')
