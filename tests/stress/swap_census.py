@@ -37,6 +37,7 @@ from torch import nn
 from pvt_mm import cli
 from pvt_mm.apis import swap
 from pvt_mm.config import config_folder, config_names, iter_dicts, nearest, read_config
+from pvt_mm.engine.model_parts import find_backbones
 from pvt_mm.errors import UserError
 
 CODEBASES = ('mmdet', 'mmseg')
@@ -211,9 +212,9 @@ def check_model(row: dict[str, Any], criterion: str, side: int) -> None:
     ).cfg
     model = run(row['codebase'], bare(cfg.model.to_dict()), criterion, side)
     stems = [
-        module.stages[0].patch_embed.proj.weight
-        for name, module in model.named_modules()
-        if type(module).__name__ in swap.ARCHS and not name.startswith('teacher')
+        backbone.stages[0].patch_embed.proj.weight
+        for name, backbone in find_backbones(model).items()
+        if not name.startswith('teacher')
     ]
     trained = [stem.grad for stem in stems if stem.requires_grad and stem.grad is not None]
     if not trained:
