@@ -8,7 +8,7 @@ compute_dtype='bfloat16', matmuls, convolutions and attention compute in the low
 the residual stream, the features and the gradients are in fp32. Ends with 1 where anything else
 happens.
 
-Example:
+Examples:
     python tests/stress/check_fake_cuda.py
     python tests/stress/check_fake_cuda.py --archs tiny b2_li --size 448
 """
