@@ -20,7 +20,7 @@ help:
 	@echo 'make demo       train and evaluate a detector on generated data; report in work_dirs/demo'
 	@echo 'make demo-all   the same for detection, instance and semantic segmentation'
 	@echo 'make test       run the tests'
-	@echo 'make lint       run ruff and mypy'
+	@echo 'make lint       run ruff, mypy and the rules of imports'
 	@echo 'make docs       build the documentation as a site that reads offline: site/index.html'
 	@echo 'make clean      remove caches, build products and what the demo wrote; the venv stays'
 	@echo
@@ -47,6 +47,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check pvt_mm tests tools setup.py
 	MYPYPATH=tools/demo:tools/benchmark $(BIN)/mypy pvt_mm setup.py tools/*.py tools/*/*.py tests/stress/*.py
+	$(BIN)/lint-imports --no-cache
 
 # Without the variable, Material prints that it will be succeeded by another tool.
 docs: install
