@@ -1610,10 +1610,10 @@ def test_autocast(variant, training):
 @pytest.mark.parametrize('size', IMAGES)
 @every_variant
 def test_jit_trace(variant, size):
-    """The same numbers, and in later calls too."""
+    """The same numbers, in later calls too, and for images of other sizes."""
     model = build(variant)
     traced = torch.jit.trace(model, IMAGES[size])
-    for image in (IMAGES[size], IMAGES[size].flip(3)):
+    for image in (IMAGES[size].flip(3), *IMAGES.values(), torch.ones(3, 3, 72, 100)):
         assert_near(traced(image), exact(model)(image.double()))
 
 
