@@ -23,7 +23,7 @@ from pvt_mm.checkpoint.convert import recognise_arch, to_atoms
 from pvt_mm.checkpoint.key_maps import PVT_MM
 from pvt_mm.engine.model_parts import find_backbones, unwrap_model
 from pvt_mm.models import PyramidBackbone
-from pvt_mm.models.fast import cpu
+from pvt_mm.models.context import bf16_is_slow_on_cpu
 from pvt_mm.tables import as_text
 
 WIDTH = 100
@@ -355,7 +355,7 @@ def _precision(wrapper: Any, model: nn.Module) -> str:
 
 def _has_slow_bf16(backbone: PyramidBackbone) -> bool:
     on_cpu = next(backbone.parameters()).device.type == 'cpu'
-    return on_cpu and backbone.compute_dtype == 'bfloat16' and cpu.traits().bf16_is_slow
+    return on_cpu and backbone.compute_dtype == 'bfloat16' and bf16_is_slow_on_cpu()
 
 
 def _device(model: nn.Module) -> str:

@@ -1,4 +1,4 @@
-"""What PyTorch does around a forward pass: tracing, export, autocast."""
+"""What PyTorch does around a forward pass: tracing, export, autocast, bf16 on a CPU."""
 
 from __future__ import annotations
 
@@ -19,6 +19,12 @@ def is_exporting() -> bool:
     """Tell whether torch.export is recording, from PyTorch 2.7 on; before, it is not known."""
     known = getattr(torch.compiler, 'is_exporting', None)
     return known is not None and known()
+
+
+def bf16_is_slow_on_cpu() -> bool:
+    """Tell whether oneDNN has no bf16 GEMM on this CPU, so that PyTorch uses plain loops."""
+    known = getattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', None)
+    return known is not None and not known()
 
 
 def is_autocast(device_type: str) -> bool:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from pvt_mm.models.context import bf16_is_slow_on_cpu
+
 CPUINFO = '/proc/cpuinfo'
 CACHE_SIZE = '/sys/devices/system/cpu/cpu0/cache/index3/size'
 
@@ -42,14 +44,13 @@ def traits() -> Traits:
     has_mkl = torch.backends.mkl.is_available()
     mkl_is_faster = has_mkl and torch.backends.cpu.get_cpu_capability() == 'AVX2'
     mkl_is_narrow = vendor == 'AuthenticAMD' and family >= 26
-    has_bf16 = getattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', None)
     return Traits(
         chunk=2**21 if last_level_cache() >= 2**26 else 2**20,
         mkl_is_faster=mkl_is_faster,
         mkl_is_narrow=mkl_is_narrow,
         fused_attention=mkl_is_faster or (has_mkl and vendor == 'GenuineIntel'),
         fused_attention_backward=has_mkl and not mkl_is_narrow,
-        bf16_is_slow=has_bf16 is not None and not has_bf16(),
+        bf16_is_slow=bf16_is_slow_on_cpu(),
     )
 
 
