@@ -17,7 +17,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import small
+from reference import SMALL, small
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint as recompute
@@ -251,6 +251,41 @@ def test_hook_changes_the_output(variant, layer):
         with torch.no_grad():
             assert_right(model)
             assert not near(model(IMAGE)[1], plain[1], 1e-3)
+
+
+@both_versions
+def test_hook_writes_into_its_output(variant):
+    """A hook may change an output in place, also where the blocks around it are fast."""
+    for name in ('stages.1.patch_embed', BLOCK, 'stages.0.blocks.0.attn.proj'):
+        model = build(variant)
+        model.get_submodule(name).register_forward_hook(
+            lambda _, inputs, out: out.add_(out.flip(-1) / 2)
+        )
+        assert_right(model)
+        assert_right_gradients(model)
+        with torch.inference_mode():
+            assert not near(model(IMAGE)[1], expected_of(variant)[1], 1e-3)
+
+
+@both_versions
+def test_blocks_called_by_hand(variant):
+    """A block on tokens that lie in any way; they stay as they are."""
+    block = build(variant).stages[0].blocks[0]
+    reference = exact(block)
+    tokens = torch.randn(2, 32, 40, 16, generator=torch.Generator().manual_seed(8))
+    layouts = {
+        'contiguous': tokens,
+        'permuted': tokens.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1),
+        'strided': tokens.repeat_interleave(2, -1)[..., ::2],
+        'expanded': tokens[:1].expand(2, -1, -1, -1),
+    }
+    for x in layouts.values():
+        before = x.clone()
+        for context in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+            with context():
+                out = block(x)
+            assert x.equal(before)
+            assert near(out, reference(before.double()))
 
 
 @every_layer
@@ -1674,6 +1709,65 @@ def test_export(variant):
     model = build(variant)
     program = torch.export.export(model, (IMAGE,))
     assert_near(program.module()(IMAGE), exact(model)(IMAGE.double()))
+
+
+def made_fx(model, image):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    return make_fx(model)(image)(image)
+
+
+def compiled(model, image):
+    outs = torch.compile(model, backend='eager', fullgraph=True)(image)
+    torch._dynamo.reset()
+    return outs
+
+
+def called_with_parameters(model, image):
+    given = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return torch.func.functional_call(model, given, image)
+
+
+def called_by_vmap(model, image):
+    return [out.flatten(0, 1) for out in torch.func.vmap(model)(image[:, None])]
+
+
+WAYS = {
+    'torch.jit.trace': lambda model, image: torch.jit.trace(model, image)(image),
+    'torch.export': lambda model, image: torch.export.export(model, (image,)).module()(image),
+    'torch.compile': compiled,
+    'make_fx': made_fx,
+    'functional_call': called_with_parameters,
+    'vmap': called_by_vmap,
+}
+
+
+@pytest.mark.parametrize('way', WAYS)
+@both_versions
+def test_ways_in_bf16(variant, way):
+    """Ways to call a model that computes in bf16 by itself."""
+    model = build(variant, compute_dtype='bfloat16')
+    assert_near(WAYS[way](model, IMAGE), expected_of(variant), BF16)
+
+
+def test_class_token():
+    """The stage with a class token: hooks, gradients, tracing and vmap."""
+    model = PVT(SMALL, out_indices=(2, 3), with_cls_token=True).eval()
+    generator = torch.Generator().manual_seed(6)
+    for parameter in model.parameters():
+        parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+    assert all(answers(model))
+    assert_right(model)
+    assert_right_gradients(model)
+    reference = exact(model)
+    for layer in ('', '.norm1', '.attn.q', '.attn.kv', '.mlp.fc1'):
+        layer = f'stages.3.blocks.0{layer}'
+        (seen,) = watch(model, layer)
+        (expected,) = watch(reference, layer, IMAGE.double())
+        assert_near(seen, expected)
+    large = reference(IMAGES['large'].double())
+    assert_near(torch.jit.trace(model, IMAGE)(IMAGES['large']), large)
+    assert_near(called_by_vmap(model, IMAGE), reference(IMAGE.double()))
 
 
 # Autograd
