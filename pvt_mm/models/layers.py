@@ -23,11 +23,15 @@ BLOCK_NORM_EPS = 1e-6
 LINEAR_GRID = 7
 
 
-def init_parameters(module: nn.Module) -> None:
+def init_parameters(module: nn.Module, fan_out: bool = False) -> None:
     """Initialise one layer as the reference does; for use with ``nn.Module.apply``.
 
-    Linear: truncated normal of std 0.02, bias 0. LayerNorm: 1 and 0. Convolutions: PyTorch's own
-    (v1), or normal by the fan-out (v2, ``FanOutConv2d``).
+    Linear: truncated normal of std 0.02, bias 0. LayerNorm: 1 and 0.
+
+    Args:
+        module: Any module; what is no such layer stays as it is.
+        fan_out: Initialise convolutions by a normal distribution of their fan-out within a group
+            (v2), not as PyTorch does (v1).
     """
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
@@ -35,19 +39,18 @@ def init_parameters(module: nn.Module) -> None:
     elif isinstance(module, nn.LayerNorm):
         nn.init.ones_(module.weight)
         nn.init.zeros_(module.bias)
-    elif isinstance(module, FanOutConv2d):
-        fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
-        nn.init.normal_(module.weight, std=math.sqrt(2.0 / fan_out))
-        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d) and fan_out:
+        outputs = math.prod(module.kernel_size) * module.out_channels // module.groups
+        nn.init.normal_(module.weight, std=math.sqrt(2.0 / outputs))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Conv2d):
         module.reset_parameters()
 
 
 @fast.stock
 class FanOutConv2d(nn.Conv2d):
-    """A convolution of v2, initialised by its fan-out within a group. See ``init_parameters``."""
-
-    bias: nn.Parameter
+    """A convolution in whole-model pickles of PVTv2 of 0.1.0."""
 
 
 @fast.stock
@@ -109,8 +112,7 @@ class PatchEmbed(nn.Module):
         self.stride = stride
         self.overlap = overlap
         kernel = 2 * stride - 1 if overlap else stride
-        conv = FanOutConv2d if overlap else nn.Conv2d
-        self.proj = conv(in_channels, dim, kernel, stride, kernel // 2 if overlap else 0)
+        self.proj = nn.Conv2d(in_channels, dim, kernel, stride, kernel // 2 if overlap else 0)
         self.norm = nn.LayerNorm(dim)
 
     def grid_side(self, side: int) -> int:
@@ -143,7 +145,6 @@ class SpatialReductionAttention(nn.Module):
             pooling to 7 x 7 whatever the size, and at every ratio.
         attn_drop_rate: Dropout rate of the attention weights.
         drop_rate: Dropout rate of the output.
-        fan_out_init: Initialise the convolution by its fan-out (v2).
 
     Shape:
         x: (B, H, W, dim) -> (B, H, W, dim); keys and values: (B, (H//sr_ratio)*(W//sr_ratio), dim),
@@ -158,7 +159,6 @@ class SpatialReductionAttention(nn.Module):
         sr_mode: str = 'conv',
         attn_drop_rate: float = 0.0,
         drop_rate: float = 0.0,
-        fan_out_init: bool = False,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -168,11 +168,10 @@ class SpatialReductionAttention(nn.Module):
         self.kv = nn.Linear(dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
         if sr_ratio > 1 or sr_mode == 'linear':
-            conv = FanOutConv2d if fan_out_init else nn.Conv2d
             if sr_mode == 'conv':
-                self.sr: Any = conv(dim, dim, sr_ratio, sr_ratio)
+                self.sr: Any = nn.Conv2d(dim, dim, sr_ratio, sr_ratio)
             elif sr_mode == 'linear':
-                self.sr = conv(dim, dim, 1)
+                self.sr = nn.Conv2d(dim, dim, 1)
             else:
                 self.sr = nn.Linear(dim, dim)
             self.norm: Any = nn.LayerNorm(dim)
@@ -235,8 +234,12 @@ class SpatialReductionAttention(nn.Module):
         q, k, v = [
             t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (query, key, value)
         ]
-        drop_rate = self.attn_drop.p if self.attn_drop.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=drop_rate)  # (B, heads, N, d)
+        if torch.jit.is_tracing():  # counters of FLOPs trace, and know no fused attention
+            scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (B, heads, N, M)
+            out = self.attn_drop(scores.softmax(-1)) @ v  # (B, heads, N, d)
+        else:
+            drop_rate = self.attn_drop.p if self.attn_drop.training else 0.0
+            out = F.scaled_dot_product_attention(q, k, v, dropout_p=drop_rate)
         out = self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))  # (B, N, dim)
         return out.unflatten(1, (height, width))
 
@@ -292,7 +295,7 @@ class Mlp(nn.Module):
     ) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
-        self.dwconv = FanOutConv2d(hidden, hidden, 3, 1, 1, groups=hidden) if dwconv else None
+        self.dwconv = nn.Conv2d(hidden, hidden, 3, 1, 1, groups=hidden) if dwconv else None
         self.fc2 = nn.Linear(hidden, dim)
         self._add_functions(relu, drop_rate)
 

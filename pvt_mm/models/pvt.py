@@ -168,6 +168,7 @@ class PVTv2(PyramidBackbone):
     """
 
     ARCHS: ClassVar[dict[str, dict[str, Any]]] = PVT_V2_ARCHS
+    FAN_OUT_INIT: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -203,7 +204,6 @@ class PVTv2(PyramidBackbone):
                 'linear' if linear else 'conv',
                 attn_drop_rate,
                 drop_rate,
-                fan_out_init=True,
             )
             hidden = int(spec.dim * spec.mlp_ratio)
             mlp = Mlp(spec.dim, hidden, dwconv=True, relu=linear, drop_rate=drop_rate)

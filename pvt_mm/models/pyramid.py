@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from mmengine.logging import print_log
@@ -139,6 +140,9 @@ class PyramidBackbone(BaseModule):
         x: (B, in_channels, H, W) -> tuple of (B, C_i, H_i, W_i), contiguous, for i in out_indices.
     """
 
+    #: Whether convolutions are initialised by their fan-out.
+    FAN_OUT_INIT: ClassVar[bool] = False
+
     def __init__(
         self,
         stages: Sequence[Stage],
@@ -193,7 +197,7 @@ class PyramidBackbone(BaseModule):
         return list(self.stages)[: max(self.frozen_stages, 0)]
 
     def _init_parameters(self) -> None:
-        self.apply(init_parameters)
+        self.apply(partial(init_parameters, fan_out=self.FAN_OUT_INIT))
         for stage in self.stages:
             stage.init_position()
 

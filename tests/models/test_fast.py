@@ -16,7 +16,7 @@ from pvt_mm import PVT, PVTv2
 from pvt_mm.models import fast
 from pvt_mm.models.context import is_autocast
 from pvt_mm.models.fast import attention, branches, cpu, gemm, mlp
-from pvt_mm.models.layers import Block, FanOutConv2d, Mlp, PatchEmbed, SpatialReductionAttention
+from pvt_mm.models.layers import Block, Mlp, PatchEmbed, SpatialReductionAttention
 
 few = settings(max_examples=25, deadline=None)
 
@@ -464,7 +464,7 @@ def block(kind, dim=16, drop_path_rate=0.0):
     """A block of v1, v2, linear attention or pooled reduction."""
     mode = {'linear': 'linear', 'avg': 'avg', 'max': 'max'}.get(kind, 'conv')
     ratio = 1 if kind == 'whole' else 2
-    attn = SpatialReductionAttention(dim, 2, ratio, mode, fan_out_init=kind in ('v2', 'linear'))
+    attn = SpatialReductionAttention(dim, 2, ratio, mode)
     layers = Mlp(dim, 40, dwconv=kind in ('v2', 'linear'), relu=kind == 'linear')
     return drawn(Block(dim, attn, layers, drop_path_rate), 1)
 
@@ -657,7 +657,7 @@ CHANGES = {
     'sr is dilated': replaced('attn.sr', nn.Conv2d(16, 16, 2, 2, dilation=2)),
     'sr has groups': replaced('attn.sr', nn.Conv2d(16, 16, 2, 2, groups=2)),
     'sr pads by reflection': replaced(
-        'attn.sr', FanOutConv2d(16, 16, 2, 2, 1, padding_mode='reflect')
+        'attn.sr', nn.Conv2d(16, 16, 2, 2, 1, padding_mode='reflect')
     ),
     'dropout of the output': replaced('attn.proj_drop', nn.Dropout(0.1)),
     'dropout of the weights': replaced('attn.attn_drop', nn.Dropout(0.1)),

@@ -153,7 +153,7 @@ class FusedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Run PyTorch's backward kernel."""
         query, key, value, out, log_sums = ctx.saved_tensors
-        if textbook_is_needed():
+        if textbook_is_needed(grad):
             return tuple(textbook_grads(_plain_attention, (query, key, value), grad))
         return _fused_backward(grad, query, key, value, out, log_sums, 0.0, False)
 
@@ -245,7 +245,7 @@ class ChunkedAttention(torch.autograd.Function):
         """Recompute the attention weights, some queries at a time."""
         query, key, value = ctx.saved_tensors
         num_heads = ctx.num_heads
-        if textbook_is_needed():
+        if textbook_is_needed(grad):
 
             def textbook(*tensors: Tensor) -> Tensor:
                 out = _plain_attention(*(_split_heads(t, num_heads) for t in tensors))

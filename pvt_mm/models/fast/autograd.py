@@ -9,14 +9,18 @@ from torch import Tensor
 
 from pvt_mm.models.fast.conditions import is_observed
 
+_is_batched: Callable[[Tensor], bool] = getattr(
+    torch._C._functorch, 'is_legacy_batchedtensor', lambda grad: False
+)
 
-def textbook_is_needed() -> bool:
+
+def textbook_is_needed(grad: Tensor) -> bool:
     """Tell whether a backward pass must be the textbook's.
 
-    So it is where autograd asks for a graph of it (``create_graph=True``), or where a mode or a
-    transform watches its operations.
+    So it is where autograd asks for a graph of it (``create_graph=True``) or for many gradients at
+    once (``is_grads_batched=True``), or where a mode or a transform watches its operations.
     """
-    return torch.is_grad_enabled() or is_observed()
+    return torch.is_grad_enabled() or _is_batched(grad) or is_observed()
 
 
 def textbook_grads(

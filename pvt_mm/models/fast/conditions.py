@@ -13,11 +13,15 @@ from torch.nn.modules import module as nn_module
 
 from pvt_mm.models.context import autocast_dtype, is_autocast, is_tracing
 
-#: Layers with a weight and a bias, and the forward pass that each had when it was imported.
-_LAYERS: dict[type, Any] = {kind: kind.forward for kind in (nn.Linear, nn.LayerNorm, nn.Conv2d)}
+#: Methods of stock classes, by name, as they were when the class was imported.
+Methods = tuple[tuple[str, Any], ...]
+#: Layers with a weight and a bias.
+_LAYERS: dict[type, Methods] = {
+    kind: (('forward', kind.forward),) for kind in (nn.Linear, nn.LayerNorm, nn.Conv2d)
+}
 #: Modules without parameters of their own.
-_OTHERS: dict[type, Any] = {
-    kind: kind.forward
+_OTHERS: dict[type, Methods] = {
+    kind: (('forward', kind.forward),)
     for kind in (
         nn.GELU, nn.ReLU, nn.Identity, nn.Dropout, nn.AdaptiveAvgPool2d, nn.AvgPool2d,
         nn.MaxPool2d,
@@ -30,8 +34,8 @@ _DTYPES = (torch.float32, torch.bfloat16)
 def _called() -> tuple[Any, ...]:
     """Return what the layers call; profilers and adapters replace it."""
     return (
-        nn.Module.__call__, F.linear, F.conv2d, F.layer_norm, F.gelu, F.relu, F.dropout,
-        F.scaled_dot_product_attention,
+        nn.Module.__call__, nn.Module._call_impl, nn.Conv2d._conv_forward, F.linear, F.conv2d,
+        F.layer_norm, F.gelu, F.relu, F.dropout, F.scaled_dot_product_attention,
     )  # fmt: skip
 
 
@@ -42,7 +46,8 @@ Module = TypeVar('Module', bound=type[nn.Module])
 def stock(kind: Module) -> Module:
     """Tell the fast path, as a decorator, that it computes what this class of module does."""
     kinds = _LAYERS if issubclass(kind, nn.Conv2d) else _OTHERS
-    kinds[kind] = kind.forward
+    methods = {name: value for name, value in vars(kind).items() if not name.startswith('__')}
+    kinds[kind] = tuple({'forward': kind.forward, **methods}.items())
     return kind
 
 
@@ -105,18 +110,19 @@ def _are_stock(modules: dict[str, nn.Module | None], dtype: torch.dtype) -> bool
         if module is None:
             continue
         kind, state = type(module), module.__dict__
-        forward = _LAYERS.get(kind)
-        if forward is not None:
+        methods = _LAYERS.get(kind)
+        if methods is not None:
             if not _is_plain_layer(state, dtype):
                 return False
         else:
-            forward = _OTHERS.get(kind)
-            if forward is None or state['_parameters']:
+            methods = _OTHERS.get(kind)
+            if methods is None or state['_parameters']:
+                return False
+        for name, method in methods:  # patched on the instance, or on the class
+            if name in state or getattr(kind, name) is not method:
                 return False
         if (
-            forward is not kind.forward  # the class's is patched
-            or 'forward' in state  # or the instance's
-            or state.get('_compiled_call_impl') is not None
+            state.get('_compiled_call_impl') is not None
             or state['_forward_hooks']
             or state['_forward_pre_hooks']
             or state['_backward_hooks']

@@ -212,7 +212,7 @@ class MlpFunction(torch.autograd.Function):
         tensors = ctx.saved_tensors  # once: with activation checkpointing, twice is an error
         inputs = MlpInputs(*tensors[: len(MlpInputs._fields)])
         saved = tensors[len(MlpInputs._fields) :]
-        if textbook_is_needed():
+        if textbook_is_needed(grad):
 
             def textbook(*tensors: Tensor) -> Tensor:
                 return _plain_mlp(MlpInputs(*tensors), ctx.relu, ctx.dtype)
