@@ -89,6 +89,7 @@ class DropPath(nn.Module):
         return f'rate={self.rate:g}'
 
 
+@fast.stock
 class PatchEmbed(nn.Module):
     """Turn patches of an image or feature map into normalised tokens.
 
@@ -127,6 +128,17 @@ class PatchEmbed(nn.Module):
         # The residual stream that begins here stays in fp32 under autocast.
         dtype = next((p.dtype for p in self.norm.parameters() if p.is_floating_point()), x.dtype)
         return self.norm(x.to(dtype))
+
+
+def add_position(x: Tensor, position: Tensor, patch_embed: nn.Module) -> Tensor:
+    """Add a position embedding to what a patch embedding returned.
+
+    Shape:
+        x: (B, H, W, dim); position: (1, H, W, dim) -> (B, H, W, dim).
+    """
+    if position.dtype == x.dtype and fast.may_overwrite(x, patch_embed):
+        return x.add_(position)
+    return x + position
 
 
 @fast.stock

@@ -17,7 +17,7 @@ from pvt_mm.archs import STRIDES
 from pvt_mm.checkpoint.convert import resize_grid
 from pvt_mm.checkpoint.load import CHANNEL_MODES, load_into_backbone
 from pvt_mm.models.context import is_autocast, is_tracing
-from pvt_mm.models.layers import Block, PatchEmbed, init_parameters
+from pvt_mm.models.layers import Block, PatchEmbed, add_position, init_parameters
 
 #: What the backbone alone may compute in. Not fp16: without loss scaling its gradients vanish.
 COMPUTE_DTYPES = ('bfloat16',)
@@ -100,7 +100,7 @@ class Stage(nn.Module):
         # While tracing, a comparison would pin the sizes; resizing to one's own size is no change.
         if is_tracing() or (height, width) != tuple(pos_embed.shape[1:3]):
             pos_embed = resize_grid(pos_embed, height, width)
-        return self.pos_drop(x + pos_embed)
+        return self.pos_drop(add_position(x, pos_embed, self.patch_embed))
 
     def forward(self, x: Tensor) -> Tensor:
         """Make the tokens and run the blocks."""

@@ -706,3 +706,20 @@ def test_a_patch_embedding_is_the_textbook_one():
             assert fast.applies(module, x)
             ours = module(x)
             close(ours, module.double()(x.double()), 1e-4)
+
+
+@pytest.mark.parametrize('watched', ['nothing', 'patch_embed', 'patch_embed.norm'])
+def test_a_position_is_added_in_place_where_nobody_looks(watched):
+    """Outside of autograd; a hooked patch embedding keeps its values."""
+    model = PVT(arch=SMALL).eval()
+    stage, kept = model.stages[0], []
+    if watched != 'nothing':
+        stage.get_submodule(watched).register_forward_hook(lambda *args: kept.append(args[2]))
+    tokens = draw(1, 8, 8, 16, seed=1)
+    with torch.no_grad():
+        assert (stage.add_position(tokens) is tokens) == (watched == 'nothing')
+        model(draw(1, 3, 64, 64, seed=2))
+    assert stage.add_position(tokens) is not tokens, 'autograd is on'
+    if kept:
+        image = draw(1, 3, 64, 64, seed=2).permute(0, 2, 3, 1)
+        close(kept[0], stage.patch_embed(image))

@@ -63,6 +63,27 @@ def applies(module: nn.Module, x: Tensor, is_known: Callable[[Any], bool] | None
         x: Its input.
         is_known: Tells more of the module, such as whether its layers fit together.
     """
+    return (
+        _is_plain_input(x)
+        and _are_stock(module.__dict__['_modules'], x.dtype)
+        and (is_known is None or is_known(module))
+    )
+
+
+def may_overwrite(x: Tensor, made_by: nn.Module) -> bool:
+    """Tell whether nobody but its receiver can hold a tensor that a stock module returned.
+
+    So it is outside of autograd, where the module and all below it are stock and unwatched.
+    """
+    return (
+        not (torch.is_grad_enabled() or x.requires_grad)
+        and _is_plain_input(x)
+        and _are_stock({'': made_by}, x.dtype)
+    )
+
+
+def _is_plain_input(x: Tensor) -> bool:
+    """Tell whether the kernels take a tensor, and nothing watches all operations."""
     return bool(
         type(x) is Tensor  # no subclass
         and not is_tracing()
@@ -75,8 +96,6 @@ def applies(module: nn.Module, x: Tensor, is_known: Callable[[Any], bool] | None
         # Also the user's choice of an attention kernel on a CPU, as by torch.nn.attention.
         and torch.backends.cuda.flash_sdp_enabled()
         and not is_observed()
-        and _are_stock(module.__dict__['_modules'], x.dtype)
-        and (is_known is None or is_known(module))
     )
 
 
