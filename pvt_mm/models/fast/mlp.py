@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from pvt_mm.models.fast.autograd import textbook_grads, textbook_is_needed
 from pvt_mm.models.fast.gemm import (
     Layer,
-    cast_layer,
     chunk_rows,
     chunks,
     depthwise,
@@ -63,7 +62,8 @@ def add_mlp(x: Tensor, norm: nn.LayerNorm, mlp: Any, dtype: torch.dtype) -> Tens
     """
     image = x if mlp.dwconv is not None else x.view(1, -1, 1, x.shape[-1])
     waiting: tuple[Tensor, Tensor] | None = None
-    for place, part in _parts(image, norm, _cast_mlp(mlp, dtype)):
+    layers = _inputs(x, mlp).layers(isinstance(mlp.relu, nn.ReLU), dtype)
+    for place, part in _parts(image, norm, layers):
         # A tile of rows reads the last row of the tile before as it was.
         if waiting is not None:
             waiting[0].add_(waiting[1])
@@ -79,22 +79,13 @@ def mlp_branch(x: Tensor, mlp: Any, dtype: torch.dtype) -> Tensor:
     Shape:
         x: (B, H, W, C) -> (B, H, W, C).
     """
-    parameters = [*_parameters(mlp.fc1), *_parameters(mlp.fc2), *_parameters(mlp.dwconv)]
-    relu = isinstance(mlp.relu, nn.ReLU)
-    return MlpFunction.apply(x, *parameters, relu, dtype)
+    return MlpFunction.apply(*_inputs(x, mlp), isinstance(mlp.relu, nn.ReLU), dtype)
 
 
-def _parameters(layer: nn.Linear | nn.Conv2d | None) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if layer is None else (layer.weight, layer.bias)
-
-
-def _cast_mlp(mlp: Any, dtype: torch.dtype) -> MlpLayers:
-    return MlpLayers(
-        cast_layer(mlp.fc1, dtype),
-        cast_layer(mlp.fc2, dtype),
-        None if mlp.dwconv is None else cast_layer(mlp.dwconv, dtype),
-        isinstance(mlp.relu, nn.ReLU),
-    )
+def _inputs(x: Tensor, mlp: Any) -> MlpInputs:
+    dwconv = (None, None) if mlp.dwconv is None else (mlp.dwconv.weight, mlp.dwconv.bias)
+    fc1, fc2 = mlp.fc1, mlp.fc2
+    return MlpInputs(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, *dwconv)
 
 
 # Inference
