@@ -3,6 +3,7 @@ STACK  ?= openmmlab
 PYTHON ?= python3
 VENV   ?= $(if $(filter onedl,$(STACK)),.venv-onedl,.venv)
 JOBS   ?= $(shell nproc)
+TORCH  ?=
 QUICK  ?=
 TESTS  ?=
 
@@ -13,7 +14,7 @@ endif
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed-$(STACK)
 
-.PHONY: help install demo demo-all test lint docs clean
+.PHONY: always help install demo demo-all test lint docs clean
 
 help:
 	@echo 'make install    set up $(VENV): PyTorch, mmcv with its compiled ops, mmdet, mmseg, pvt_mm'
@@ -24,13 +25,16 @@ help:
 	@echo 'make docs       build the documentation as a site that reads offline: site/index.html'
 	@echo 'make clean      remove caches, build products and what the demo wrote; the venv stays'
 	@echo
-	@echo 'Variables: STACK=openmmlab|onedl  PYTHON=$(PYTHON)  VENV=$(VENV)  JOBS=$(JOBS)  QUICK=1 (demo)'
+	@echo 'Variables: STACK=openmmlab|onedl  PYTHON=$(PYTHON)  VENV=$(VENV) (yours, and its PyTorch, are kept)'
+	@echo '           TORCH=2.14.1 (another PyTorch)  JOBS=$(JOBS)  QUICK=1 (demo)'
 	@echo '           TESTS="tests/tools/test_tools.py ..." (test; all by default)'
 
 install: $(STAMP)
 
-$(STAMP): tools/install.sh setup.py pyproject.toml $(wildcard requirements/*.txt)
-	@STACK='$(STACK)' PYTHON='$(PYTHON)' VENV='$(VENV)' JOBS='$(JOBS)' bash tools/install.sh
+# Where a PyTorch is named, install.sh looks whether it is there.
+$(STAMP): tools/install.sh tools/build_mmcv.py setup.py pyproject.toml $(wildcard requirements/*.txt) \
+    $(if $(TORCH),always)
+	@STACK='$(STACK)' PYTHON='$(PYTHON)' VENV='$(VENV)' JOBS='$(JOBS)' TORCH='$(TORCH)' bash tools/install.sh
 	@touch '$@'
 
 demo: install

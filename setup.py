@@ -85,6 +85,6 @@ setup(
             '.mim/tools/model_converters/*.py',
         ]
     },
-    exclude_package_data={'pvt_mm': ['.mim/tools/install.sh']},
+    exclude_package_data={'pvt_mm': ['.mim/tools/install.sh', '.mim/tools/build_mmcv.py']},
     zip_safe=False,
 )

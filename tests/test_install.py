@@ -77,9 +77,9 @@ def test_fork_needs_no_pkg_resources(pretend):
             '&& pip install mmcv==2.1.0 --no-build-isolation',
         ),
         (
-            ONEDL,
-            ('torch', 'mmengine'),
-            'mmcv>=2.0 (not installed)',
+            ONEDL | {'onedl-mmcv': '1.9.0'},
+            MODULES,
+            'mmcv>=2.0 (1.9.0 installed)',
             "pip install 'setuptools<81' ninja wheel "
             '&& pip install onedl-mmcv==2.3.6 --no-build-isolation',
         ),
@@ -115,12 +115,25 @@ def test_source_tree_without_metadata_is_asked_itself(pretend, monkeypatch):
         requirements.check_requirements()
 
 
-def test_import_without_mmcv_fails_in_that_sentence():
-    """`import pvt_mm` itself says what is missing, before anything of it needs the part."""
-    code = "import sys; sys.modules['mmcv'] = None; import pvt_mm"
-    result = run([sys.executable, '-c', code], env={'PYTHONPATH': str(ROOT)})
-    assert result.returncode == 1
-    assert 'ImportError: pvt_mm needs mmcv>=2.0 (not installed); run: pip' in result.stderr
+BACKBONE_ALONE = """
+import sys
+for name in ('mmcv', 'mmdet', 'mmseg'):
+    sys.modules[name] = None  # not there to be imported
+import torch
+import pvt_mm
+from mmengine.registry import MODELS
+backbone = MODELS.build(dict(type='PVTv2', arch='b0')).eval()
+with torch.inference_mode():
+    print([tuple(feature.shape) for feature in backbone(torch.randn(1, 3, 64, 96))])
+"""
+
+
+def test_backbone_alone_needs_no_mmcv():
+    """With torch and mmengine the backbones can be imported, built and run."""
+    result = run([sys.executable, '-c', BACKBONE_ALONE], env={'PYTHONPATH': str(ROOT)})
+    assert result.returncode == 0, result.stderr
+    shapes = [(1, 32, 16, 24), (1, 64, 8, 12), (1, 160, 4, 6), (1, 256, 2, 3)]
+    assert result.stdout.strip() == str(shapes)
 
 
 def test_check_is_cheap():
@@ -197,7 +210,7 @@ def test_wheel_carries_configs_tools_and_index(wheel):
         path.relative_to(ROOT).as_posix()
         for folder in ('.', 'analysis_tools', 'deployment', 'model_converters')
         for path in (ROOT / 'tools' / folder).iterdir()
-        if path.suffix in ('.py', '.sh') and path.name != 'install.sh'
+        if path.suffix in ('.py', '.sh') and path.name not in ('install.sh', 'build_mmcv.py')
     }
     assert {'tools/train.py', 'tools/dist_train.sh', 'tools/deployment/export.py'} < tools
     assert carried == configs | tools | {'model-index.yml'}
@@ -314,36 +327,50 @@ def test_make_help_names_every_target():
         assert f'make {target} ' in listed
 
 
-def test_missing_compiler_is_one_apt_line(tmp_path):
+@pytest.mark.parametrize(
+    ('system', 'command'),
+    [
+        ('ID=debian', 'sudo apt-get update && sudo apt-get install -y g++'),
+        (
+            'ID=linuxmint\nID_LIKE="ubuntu debian"',
+            'sudo apt-get update && sudo apt-get install -y g++',
+        ),
+        ('ID=fedora', 'sudo dnf install -y gcc-c++'),
+        ('ID="rocky"\nID_LIKE="rhel centos fedora"', 'sudo dnf install -y gcc-c++'),
+        ('ID=alpine', 'sudo apk add g++'),
+        ('ID=arch', 'on Debian and Ubuntu they are called: g++'),
+    ],
+)
+def test_missing_compiler_is_one_line_of_this_system(system, command, tmp_path):
     """Without g++ the installation stops before it makes anything and prints what installs it."""
     tools = tmp_path / 'bin'
     tools.mkdir()
-    for name in ('bash', 'dirname', 'nproc', 'xargs', 'echo'):
+    for name in ('bash', 'dirname', 'nproc', 'xargs', 'echo', 'sed', 'tr'):
         (tools / name).symlink_to(shutil.which(name))
-    result = install({'PATH': str(tools), 'VENV': str(tmp_path / 'venv')})
+    release = tmp_path / 'os-release'
+    release.write_text(system + '\n')
+    env = {'PATH': str(tools), 'VENV': str(tmp_path / 'venv'), 'OS_RELEASE': str(release)}
+    result = install(env)
     assert result.returncode == 1
-    (apt,) = (line for line in result.stderr.splitlines() if 'apt-get' in line)
-    assert 'sudo apt-get update && sudo apt-get install -y g++' in apt
+    assert any(command in line for line in result.stderr.splitlines())
     assert not (tmp_path / 'venv').exists()
 
 
-@pytest.mark.parametrize(
-    ('python', 'says'),
-    [
-        ('#!/bin/sh\necho 3.13\n', 'pvt_mm needs Python 3.10, 3.11 or 3.12, and {} is 3.13'),
-        (None, '{} is not there: install Python 3.10, 3.11 or 3.12'),
-    ],
-)
-def test_unfit_python_is_refused(python, says, tmp_path):
-    """A Python that is missing or not supported is named, with the way out."""
+@pytest.mark.parametrize('version', ['3.9', '3.15', None])
+def test_unfit_python_is_refused_with_lines_that_work(version, tmp_path):
+    """A Python that is missing or not supported is named; uv or conda brings another."""
     path = tmp_path / 'python'
-    if python:
-        path.write_text(python)
+    if version:
+        path.write_text(f'#!/bin/sh\necho {version}\n')
         path.chmod(0o755)
     result = install({'PYTHON': str(path), 'VENV': str(tmp_path / 'venv')})
     assert result.returncode == 1
-    assert f'error: {says.format(path)}' in result.stderr
-    assert 'PYTHON=' in result.stderr
+    assert (
+        f'error: pvt_mm needs Python 3.10 to 3.14, and {path} is {version or "none"}.'
+        in result.stderr
+    )
+    assert f'uv venv --python 3.12 {tmp_path}/venv\n' in result.stderr
+    assert f'conda create --yes --prefix {tmp_path}/venv python=3.12' in result.stderr
 
 
 def test_two_stacks_in_one_venv_are_refused(tmp_path):
@@ -354,39 +381,70 @@ def test_two_stacks_in_one_venv_are_refused(tmp_path):
     assert 'holds the other stack' in result.stderr
 
 
-# Stands in for a venv's interpreter: logs what pip is asked; mmcv's ops work once it was forced.
+# Stands in for an environment's interpreter: logs what it is asked; the CPU index may be away.
 FAKE_PYTHON = """#!/bin/sh
 case "$*" in
-    '-m pip'*'--no-binary mmcv'*) touch '{folder}/forced' ;;
-    '- mmcv=='*) exec test -e '{folder}/forced' ;;
-    '-') echo {target} ;;
+    '-c import sys;'*) echo 3.12 ;;
+    '-c from importlib.metadata'*) test -n '{torch}' && echo {torch} ;;
+    *--index-url*) echo "$*" >> '{folder}/log'; exit {away} ;;
+    *) echo "$*" >> '{folder}/log' ;;
 esac
-echo "CUDA=${{CUDA_VISIBLE_DEVICES-unset}} JOBS=$MAX_JOBS $*" >> '{folder}/log'
 """
 
 
-@pytest.mark.parametrize(('target', 'cuda'), [('cpu', 'unset'), ('nocompiler', '')])
-def test_mmcv_is_rebuilt_rather_than_trusted(target, cuda, tmp_path):
-    """A wheel whose ops fail is built again, for the CPU where there is no CUDA compiler."""
-    if missing := install({}, 'missing').stdout:
-        pytest.skip(f'install.sh stops here, for want of {missing.split()}')
-    python = tmp_path / 'venv' / 'bin' / 'python'
-    python.parent.mkdir(parents=True)
-    python.write_text(FAKE_PYTHON.format(folder=tmp_path, target=target))
-    python.chmod(0o755)
-    result = install({'VENV': str(tmp_path / 'venv'), 'JOBS': '3'}, without='CUDA_VISIBLE_DEVICES')
-    assert result.returncode == 0, result.stderr
+@pytest.fixture
+def asked(tmp_path):
+    """Returns a function that installs; it gives what the interpreter was asked, and stdout."""
 
-    first, second = (
-        line
-        for line in (tmp_path / 'log').read_text().splitlines()
-        if '-m pip' in line and 'mmcv==2.1.0' in line
-    )
-    assert first.startswith(f'CUDA={cuda} JOBS=3 ') and '--no-build-isolation' in first
-    for flag in ('--no-cache-dir', '--force-reinstall', '--no-deps', '--no-binary mmcv'):
-        assert flag in second and flag not in first
-    assert 'about 7 minutes on 2 cores' in result.stdout
-    assert ('no CUDA compiler (nvcc)' in result.stdout) == (target == 'nocompiler')
+    def run_install(torch='', away=0, **env):
+        folder = tmp_path / 'venv' / 'bin'
+        folder.mkdir(parents=True)
+        (folder / 'python').write_text(FAKE_PYTHON.format(folder=tmp_path, torch=torch, away=away))
+        (folder / 'python').chmod(0o755)
+        result = install({'VENV': str(tmp_path / 'venv'), 'JOBS': '3'} | env)
+        assert result.returncode == 0, result.stderr
+        return (tmp_path / 'log').read_text().splitlines(), result.stdout
+
+    if shutil.which('nvidia-smi') or install({}, 'missing').stdout:
+        pytest.skip('the installation would stop here, or ask for CUDA')
+    return run_install
+
+
+def test_pytorch_of_an_environment_stays(asked):
+    """What is at VENV already is used, with its PyTorch; mmcv is built for that one."""
+    lines, said = asked(torch='2.14.1+cu130')
+    assert not any(re.search(r'install.* torch==', line) for line in lines)
+    assert 'PyTorch 2.14.1+cu130 is there' in said
+    assert any(line.startswith('tools/build_mmcv.py --stack openmmlab --jobs 3') for line in lines)
+
+
+def test_chosen_pytorch_replaces_another(asked):
+    """TORCH= wins over what is there."""
+    lines, _ = asked(torch='2.13.0', TORCH='2.15.0')
+    assert any(line.endswith('torch==2.15.0') for line in lines)
+
+
+@pytest.mark.parametrize('torch', ['2.15.0', '2.15.0+cpu'])
+def test_chosen_pytorch_that_is_there_is_not_installed_again(asked, torch):
+    """A local label, as of a CPU build, is no other version."""
+    lines, _ = asked(torch=torch, TORCH='2.15.0')
+    assert not any(re.search(r'install.* torch==', line) for line in lines)
+
+
+@pytest.mark.parametrize('away', [0, 1])
+def test_cpu_build_is_asked_for_first(asked, away):
+    """Without a GPU PyTorch's own index is asked; where it is away, that is said, and pip's is."""
+    lines, said = asked(away=away)
+    torch = [line for line in lines if line.endswith('torch==2.13.0')]
+    assert '--index-url https://download.pytorch.org/whl/cpu' in torch[0]
+    assert '--index-url' not in torch[1] and len(torch) == 2
+    assert ('cannot be reached' in said) == bool(away)
+
+
+def test_gpu_build_is_asked_for_where_it_is_wanted(asked):
+    """FORCE_CUDA=1 takes PyTorch from pip's own index."""
+    lines, _ = asked(FORCE_CUDA='1')
+    assert not any('--index-url' in line for line in lines)
 
 
 def install(env, *arguments, without=None):

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Sets up a virtual environment with PyTorch, one OpenMMLab stack and pvt_mm. `make install` calls it:
-#   STACK=openmmlab|onedl PYTHON=python3 VENV=.venv JOBS=2 bash tools/install.sh
-# With the argument `missing` it only prints the Debian/Ubuntu packages that are not there.
+#   STACK=openmmlab|onedl PYTHON=python3 VENV=.venv JOBS=2 TORCH=2.13.0 bash tools/install.sh
+# An environment that is at VENV already, of venv, uv or conda, is used, and so is its PyTorch.
+# With the argument `missing` it only prints the system's packages that are not there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -9,38 +10,65 @@ STACK=${STACK:-openmmlab}
 PYTHON=${PYTHON:-python3}
 VENV=${VENV:-.venv}
 JOBS=${JOBS:-$(nproc)}
+TORCH=${TORCH:-}
+CPU_INDEX=${CPU_INDEX:-https://download.pytorch.org/whl/cpu}
+OS_RELEASE=${OS_RELEASE:-/etc/os-release}
+[[ ! -x $VENV/bin/python ]] || PYTHON=$VENV/bin/python
 
-say() { printf '\n==> %s\n' "$*"; }
+say() { printf '==> %s\n' "$*"; }
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }
 
 check_python() {
-    command -v "$PYTHON" >/dev/null \
-        || die "$PYTHON is not there: install Python 3.10, 3.11 or 3.12, or name one with PYTHON=/path/to/python3.11."
-    local version
-    version=$("$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])') || die "$PYTHON does not run."
+    local version=none
+    if command -v "$PYTHON" >/dev/null; then
+        version=$("$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])') || die "$PYTHON does not run."
+    fi
     case $version in
-        3.10 | 3.11 | 3.12) ;;
-        *) die "pvt_mm needs Python 3.10, 3.11 or 3.12, and $PYTHON is $version: name another with PYTHON=python3.11." ;;
+        3.10 | 3.11 | 3.12 | 3.13) ;;
+        3.14) say 'Python 3.14: every pinned package has files for it, but nothing of pvt_mm was run with it yet.' ;;
+        *) die "pvt_mm needs Python 3.10 to 3.14, and $PYTHON is $version. Either of these brings one; then the same
+command again (or name one that is here with PYTHON=/path/to/python3.12):
+    uv venv --python 3.12 $VENV
+    conda create --yes --prefix $VENV python=3.12" ;;
     esac
 }
 
-# Prints what Debian and Ubuntu call the parts that are missing.
+# Prints debian, fedora or alpine: the family of this system, or its own name.
+system() {
+    local names
+    names=" $(sed -n 's/^ID\(_LIKE\)\?=//p' "$OS_RELEASE" 2>/dev/null | tr -d '"' | xargs) "
+    case $names in
+        *' debian '* | *' ubuntu '*) echo debian ;;
+        *' fedora '* | *' rhel '*) echo fedora ;;
+        *' alpine '*) echo alpine ;;
+        *) echo "${names%% *}" ;;
+    esac
+}
+
+# Prints what this system calls the parts that are missing.
 missing_packages() {
-    command -v g++ >/dev/null || echo g++
-    "$PYTHON" - <<'EOF'
+    local compiler=g++
+    [[ $(system) != fedora ]] || compiler=gcc-c++
+    command -v g++ >/dev/null || echo "$compiler"
+    "$PYTHON" - "$(system)" <<'EOF'
 import ctypes
 import importlib.util
 import os
 import sys
 import sysconfig
 
-name = 'python%d.%d' % sys.version_info[:2]
+# Headers, venv, and what opencv-python loads when it is imported.
+names = {
+    'fedora': ('python{}-devel', 'python{}', 'mesa-libGL', 'glib2'),
+    'alpine': ('python3-dev', 'python3', 'mesa-gl', 'glib'),
+}.get(sys.argv[1], ('python{}-dev', 'python{}-venv', 'libgl1', 'libglib2.0-0'))
+version = '%d.%d' % sys.version_info[:2]
+headers, environments, *libraries = (name.format(version) for name in names)
 if not os.path.exists(os.path.join(sysconfig.get_paths()['include'], 'Python.h')):
-    print(name + '-dev')
+    print(headers)
 if not all(importlib.util.find_spec(module) for module in ('venv', 'ensurepip')):
-    print(name + '-venv')
-# opencv-python loads these when it is imported.
-for library, package in (('libGL.so.1', 'libgl1'), ('libgthread-2.0.so.0', 'libglib2.0-0')):
+    print(environments)
+for library, package in zip(('libGL.so.1', 'libgthread-2.0.so.0'), libraries):
     try:
         ctypes.CDLL(library)
     except OSError:
@@ -51,8 +79,17 @@ EOF
 check_system() {
     local missing
     missing=$(missing_packages | xargs)
-    [[ -z $missing ]] || die "parts of the system are missing; on Debian and Ubuntu this installs them:
-    sudo apt-get update && sudo apt-get install -y $missing"
+    [[ -n $missing ]] || return 0
+    case $(system) in
+        fedora) die "parts of the system are missing; this installs them:
+    sudo dnf install -y $missing" ;;
+        alpine) die "parts of the system are missing; this installs them (PyTorch has no wheels for Alpine's C library,
+musl: an environment at VENV= must have one already):
+    sudo apk add $missing" ;;
+        debian) die "parts of the system are missing; this installs them:
+    sudo apt-get update && sudo apt-get install -y $missing" ;;
+        *) die "parts of the system are missing; on Debian and Ubuntu they are called: $missing" ;;
+    esac
 }
 
 check_stack() {
@@ -65,68 +102,32 @@ check_stack() {
     done
 }
 
+make_environment() {
+    if [[ ! -x $VENV/bin/python ]]; then
+        say "Making the virtual environment $VENV"
+        "$PYTHON" -m venv "$VENV"
+    fi
+    # uv makes environments without pip.
+    "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$VENV/bin/python" -m ensurepip
+}
+
 pip_install() { "$VENV/bin/python" -m pip install -c requirements/constraints.txt "$@"; }
 
-# Whether mmcv's compiled ops load and run, on the GPU too where they are built for it.
-mmcv_works() {
-    "$VENV/bin/python" - "$1" "$2" <<'EOF'
-import sys
-from importlib.metadata import version
-
-import torch
-
-name, wanted = sys.argv[1].split('==')
-if version(name) != wanted:
-    sys.exit(f'{name} {version(name)} is installed, not {wanted}')
-from mmcv.ops import nms
-
-boxes = torch.tensor([[0.0, 0.0, 9.0, 9.0], [0.0, 0.0, 9.0, 8.0], [20.0, 20.0, 30.0, 30.0]])
-scores = torch.tensor([0.9, 0.8, 0.7])
-for device in sys.argv[2].split(','):
-    kept = nms(boxes.to(device), scores.to(device), 0.5)[1].tolist()
-    if kept != [0, 2]:
-        sys.exit(f'nms on {device} keeps boxes {kept} instead of [0, 2]')
-EOF
-}
-
-# Prints cuda where mmcv's build can use it: PyTorch sees a GPU (or FORCE_CUDA=1 vouches for one)
-# and there is a compiler for it; nocompiler where only the latter is missing; else cpu.
-mmcv_target() {
-    "$VENV/bin/python" - <<'EOF'
-import os
-import shutil
-
-import torch
-from torch.utils.cpp_extension import CUDA_HOME
-
-wanted = torch.cuda.is_available() or os.environ.get('FORCE_CUDA') == '1'
-found = bool(CUDA_HOME) and shutil.which(os.path.join(CUDA_HOME, 'bin', 'nvcc'))
-print('cpu' if not wanted else 'cuda' if found else 'nocompiler')
-EOF
-}
-
-install_mmcv() {
-    local pin devices=cpu
-    pin=$(grep -E '^(onedl-)?mmcv==' "requirements/$STACK.txt")
-    case $(mmcv_target) in
-        cuda) "$VENV/bin/python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' && devices=cpu,cuda ;;
-        nocompiler)
-            say "PyTorch sees a GPU, but there is no CUDA compiler (nvcc): mmcv's ops are built for the CPU only."
-            # What mmcv's build asks before it compiles for CUDA.
-            export CUDA_VISIBLE_DEVICES='' FORCE_CUDA=0 ;;
-    esac
-    if mmcv_works "$pin" "$devices" 2>/dev/null; then
+# TORCH chooses; else the PyTorch that is there stays; else the pinned one, without CUDA where there is no GPU.
+install_torch() {
+    local found wanted
+    found=$("$VENV/bin/python" -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null || true)
+    wanted=${TORCH:-$(sed -n 's/^torch==//p' requirements/build.txt)}
+    if [[ -n $found && ( -z $TORCH || $found == "$wanted" || ${found%%+*} == "$wanted" ) ]]; then
+        say "PyTorch $found is there"
         return
     fi
-    say "Building $pin with its compiled ops, $JOBS jobs: about 7 minutes on 2 cores."
-    export MAX_JOBS=$JOBS
-    pip_install --no-build-isolation "$pin" || die "$pin did not build: the compiler's words are above."
-    if ! mmcv_works "$pin" "$devices"; then
-        say "The ops of that wheel, perhaps one that pip had kept, do not work here: building it again."
-        pip_install --no-build-isolation --no-cache-dir --force-reinstall --no-deps \
-            --no-binary "${pin%%=*}" "$pin" || die "$pin did not build: the compiler's words are above."
-        mmcv_works "$pin" "$devices" || die "$pin was built, but its ops do not work: see the message above."
+    if [[ ${FORCE_CUDA:-0} != 1 ]] && ! nvidia-smi -L >/dev/null 2>&1; then
+        say "Installing PyTorch $wanted for the CPU, since there is no NVIDIA GPU"
+        "$VENV/bin/python" -m pip install --no-deps --retries 1 --timeout 15 --index-url "$CPU_INDEX" "torch==$wanted" \
+            2>/dev/null || say "$CPU_INDEX cannot be reached: the default index may send a CUDA build, of about 3 GB"
     fi
+    pip_install "torch==$wanted"
 }
 
 check_python
@@ -136,13 +137,12 @@ if [[ ${1:-} == missing ]]; then
 fi
 check_stack
 check_system
-if [[ ! -x $VENV/bin/python ]]; then
-    say "Making the virtual environment $VENV"
-    "$PYTHON" -m venv "$VENV"
-fi
-say 'Installing PyTorch and the build tools'
-pip_install -r requirements/build.txt
-install_mmcv
+make_environment
+install_torch
+say 'Installing the build tools and mmcv'
+# shellcheck disable=SC2046  # a list of packages
+pip_install $(grep -v -e '^#' -e '^torch' requirements/build.txt)
+"$VENV/bin/python" tools/build_mmcv.py --stack "$STACK" --jobs "$JOBS" --constraint requirements/constraints.txt
 say "Installing the $STACK stack and the tools for demo, tests, lint and docs"
 pip_install -r "requirements/$STACK.txt" -r requirements/demo.txt -r requirements/test.txt -r requirements/lint.txt \
     -r requirements/docs.txt
