@@ -1,9 +1,13 @@
 """PVT and PVTv2 as backbones for OpenMMLab: importing this package registers them."""
 
+import os
 import warnings
 
 from pvt_mm.requirements import check_requirements, register_config_packages
 
+# OpenMP reads it when PyTorch is loaded. Its threads would spin while they wait for each other, and
+# on a machine with other work to do they would take most of its time.
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 check_requirements()
 with warnings.catch_warnings():
     warnings.filterwarnings('ignore', message='pkg_resources is deprecated')  # mmengine's import

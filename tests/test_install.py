@@ -136,6 +136,45 @@ def test_backbone_alone_needs_no_mmcv():
     assert result.stdout.strip() == str(shapes)
 
 
+WAITING = """
+import importlib.abc, os, sys
+
+class Watch(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == 'torch':
+            print(os.environ.get('OMP_WAIT_POLICY'))
+            sys.exit()
+
+sys.meta_path.insert(0, Watch())
+import pvt_mm
+"""
+
+
+@pytest.mark.parametrize(
+    ('own', 'policy'), [({}, 'PASSIVE'), ({'OMP_WAIT_POLICY': 'active'}, 'active')]
+)
+def test_threads_wait_without_spinning(own, policy):
+    """The variable is set before PyTorch is loaded, unless the user has set it."""
+    env = {'PYTHONPATH': str(ROOT)} | own
+    without = None if own else 'OMP_WAIT_POLICY'
+    assert run([sys.executable, '-c', WAITING], env=env, without=without).stdout == f'{policy}\n'
+
+
+@pytest.mark.parametrize(
+    'tool', ['train', 'test', 'infer', 'analysis_tools/visualize', 'deployment/export']
+)
+def test_tools_load_pytorch_after_that(tool):
+    """The first import that is not Python's own is pvt_mm's."""
+    tree = ast.parse((ROOT / 'tools' / f'{tool}.py').read_text())
+    names = [
+        node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+        for node in tree.body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+    foreign = [name for name in names if name.partition('.')[0] not in sys.stdlib_module_names]
+    assert foreign[0].partition('.')[0] == 'pvt_mm'
+
+
 def test_check_is_cheap():
     """Checking the requirements imports none of them."""
     code = (
@@ -386,7 +425,7 @@ FAKE_PYTHON = """#!/bin/sh
 case "$*" in
     '-c import sys;'*) echo 3.12 ;;
     '-c from importlib.metadata'*) test -n '{torch}' && echo {torch} ;;
-    *--index-url*) echo "$*" >> '{folder}/log'; exit {away} ;;
+    '- https://'*) exit {away} ;;
     *) echo "$*" >> '{folder}/log' ;;
 esac
 """
@@ -435,9 +474,11 @@ def test_chosen_pytorch_that_is_there_is_not_installed_again(asked, torch):
 def test_cpu_build_is_asked_for_first(asked, away):
     """Without a GPU PyTorch's own index is asked; where it is away, that is said, and pip's is."""
     lines, said = asked(away=away)
-    torch = [line for line in lines if line.endswith('torch==2.13.0')]
-    assert '--index-url https://download.pytorch.org/whl/cpu' in torch[0]
-    assert '--index-url' not in torch[1] and len(torch) == 2
+    *first, last = [line for line in lines if line.endswith('torch==2.13.0')]
+    assert ['--index-url https://download.pytorch.org/whl/cpu' in line for line in first] == (
+        [] if away else [True]
+    )
+    assert '--index-url' not in last
     assert ('cannot be reached' in said) == bool(away)
 
 

@@ -113,6 +113,15 @@ make_environment() {
 
 pip_install() { "$VENV/bin/python" -m pip install -c requirements/constraints.txt "$@"; }
 
+answers() {
+    "$VENV/bin/python" - "$1" 2>/dev/null <<'EOF'
+import sys
+import urllib.request
+
+urllib.request.urlopen(sys.argv[1], timeout=15).close()
+EOF
+}
+
 # TORCH chooses; else the PyTorch that is there stays; else the pinned one, without CUDA where there is no GPU.
 install_torch() {
     local found wanted
@@ -123,9 +132,13 @@ install_torch() {
         return
     fi
     if [[ ${FORCE_CUDA:-0} != 1 ]] && ! nvidia-smi -L >/dev/null 2>&1; then
-        say "Installing PyTorch $wanted for the CPU, since there is no NVIDIA GPU"
-        "$VENV/bin/python" -m pip install --no-deps --retries 1 --timeout 15 --index-url "$CPU_INDEX" "torch==$wanted" \
-            2>/dev/null || say "$CPU_INDEX cannot be reached: the default index may send a CUDA build, of about 3 GB"
+        if answers "$CPU_INDEX/torch/"; then
+            say "Installing PyTorch $wanted for the CPU, since there is no NVIDIA GPU"
+            "$VENV/bin/python" -m pip install --no-deps --index-url "$CPU_INDEX" "torch==$wanted" \
+                || say "There is no PyTorch $wanted for the CPU: asking the default index"
+        else
+            say "$CPU_INDEX cannot be reached: the default index may send a CUDA build of PyTorch, of 3 GB"
+        fi
     fi
     pip_install "torch==$wanted"
 }
