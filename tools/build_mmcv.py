@@ -18,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tempfile
 import time
@@ -392,6 +393,8 @@ def build_environment(target: str, jobs: int) -> dict[str, str]:
     environment = dict(os.environ, MAX_JOBS=str(jobs))
     # After the flags of the Python that runs this, which ask for -O3 and debug symbols.
     environment['CPPFLAGS'] = f'-O2 -g0 {os.environ.get("CPPFLAGS", "")}'.strip()
+    # PyTorch compiles one file at a time where it does not find ninja, which is beside this Python.
+    environment['PATH'] = os.pathsep.join([sysconfig.get_path('scripts'), os.environ['PATH']])
     environment['FORCE_CUDA'] = '1' if target == 'cuda' else '0'
     if target == 'cpu':
         environment['CUDA_VISIBLE_DEVICES'] = ''
@@ -411,13 +414,9 @@ def cuda_header_folders() -> list[str]:
     from torch.utils.cpp_extension import CUDA_HOME, include_paths
 
     toolkit = [Path(path) for path in (*include_paths(device_type='cuda'), f'{CUDA_HOME}/include')]
-    packages = [
-        Path(path)
-        for parent in (
-            find_spec('nvidia').submodule_search_locations if find_spec('nvidia') else []
-        )
-        for path in Path(parent).glob('*/include')
-    ]
+    nvidia = find_spec('nvidia')
+    parents = nvidia.submodule_search_locations if nvidia else None
+    packages = [path for parent in parents or () for path in Path(parent).glob('*/include')]
     folders = []
     for header in CUDA_HEADERS:
         if any((folder / header).exists() for folder in toolkit):
@@ -462,7 +461,7 @@ def run_build(source: Path, number: str, environment: dict[str, str], log: Path)
             errors='replace',
         ) as process,
     ):
-        show_progress(tee(process.stdout, file))
+        show_progress(tee(process.stdout or (), file))
     return next(source.parent.glob('*.whl'), None) if process.returncode == 0 else None
 
 

@@ -4,6 +4,7 @@ import platform
 import re
 import sys
 from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -279,6 +280,13 @@ def test_mmcv_of_another_pytorch_is_replaced(installer):
     installer.installed = '1.1.cpu'
     installer.run()
     assert installer.done == ['build for 9.9.cpu', 'install']
+
+
+def test_builds_find_ninja_outside_an_activated_environment(tool, monkeypatch):
+    """Without it PyTorch would compile one file at a time, and print no progress."""
+    monkeypatch.setenv('PATH', '/usr/bin:/bin')
+    path = tool.build_environment('cpu', 2)['PATH']
+    assert (Path(tool.shutil.which('ninja', path=path)).parent / 'python').exists()
 
 
 def test_progress_counts_files_and_time(tool, monkeypatch, capsys):

@@ -49,6 +49,20 @@ def picture_size(path):
     return cv2.imread(str(path)).shape[:2]
 
 
+def test_time_left_is_that_of_the_whole_demo(demo, monkeypatch, capsys):
+    """The training's own time left, and the later steps at the speed that it has here."""
+    task = demo.TASKS['det']
+    # Half done after 2 * seconds / 2: this machine takes twice as long.
+    clock = iter([0.0, 1.0, task.seconds, task.seconds])
+    monkeypatch.setattr(demo.time, 'monotonic', lambda: next(clock))
+    minutes, seconds = divmod(task.seconds, 60)
+    eta = f'eta: 0:{minutes:02}:{seconds:02}  loss: 1'
+    demo.show([f'{eta}\n', f'{eta}\n', 'no time\n'], task, later=60)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith('---')]
+    whole = -(-(task.seconds + 2 * 60) // 60)
+    assert said == [f'--- about {whole} min left of the whole demo']
+
+
 def test_a_score_below_its_target_fails_the_demo(demo, report):
     """The exit code is 1 where any score falls short or is not a number, and 0 otherwise."""
     good, exact, low, nan = (outcome_of(report, score) for score in (0.7, 0.6, 0.59, float('nan')))

@@ -10,10 +10,12 @@ Example:
 
 import argparse
 import json
+import math
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,11 @@ from pvt_mm.visualization import logs
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / 'data' / 'demo'
+ETA = re.compile(r'\beta: (\d+):(\d\d):(\d\d)')
+#: Seconds between two lines that tell the time left.
+TOLD_EVERY = 30
+#: Seconds of a task's test and pictures, on the machine of ``Task.seconds``.
+TEST_AND_PICTURES = 30
 QUICK_EPOCHS = [
     'train_cfg.max_epochs=1',
     'train_cfg.val_interval=1',
@@ -41,7 +48,11 @@ QUICK_ITERATIONS = ['train_cfg.max_iters=20', 'train_cfg.val_interval=20']
 
 @dataclass
 class Task:
-    """One task of the demo: its config, its score and what a quick run changes."""
+    """One task of the demo: its config, its score and what a quick run changes.
+
+    ``seconds`` is what its training took on one machine; it only weighs the steps of the demo, to
+    tell the time left.
+    """
 
     title: str
     model: str
@@ -49,6 +60,7 @@ class Task:
     metric: str
     key: str
     target: float
+    seconds: float
     quick: list[str] = field(default_factory=list)
 
 
@@ -60,6 +72,7 @@ TASKS = {
         'box AP',
         'coco/bbox_mAP',
         0.60,
+        273,
         [*QUICK_EPOCHS, 'default_hooks.checkpoint.interval=1'],
     ),
     'ins': Task(
@@ -69,6 +82,7 @@ TASKS = {
         'mask AP',
         'coco/segm_mAP',
         0.50,
+        287,
         [*QUICK_EPOCHS, 'default_hooks.checkpoint.interval=1'],
     ),
     'seg': Task(
@@ -78,25 +92,58 @@ TASKS = {
         'mIoU (%)',
         'mIoU',
         75.0,
+        170,
         [*QUICK_ITERATIONS, 'default_hooks.checkpoint.interval=20'],
     ),
 }
 
 
-def run_tool(name: str, *args: Any) -> float:
+def run_tool(name: str, *args: Any, task: Task | None = None, later: float = 0.0) -> float:
     """Run one of the tools with its output in sight, and return the seconds that it took.
+
+    Args:
+        name: The file, such as ``train.py``.
+        args: Its arguments.
+        task: What it trains, where the time left of the whole demo is to be told.
+        later: Seconds of the steps after it, on the machine of ``Task.seconds``.
 
     Raises:
         UserError: Where it fails.
     """
     start = time.monotonic()
-    command = [sys.executable, '-W', 'ignore', str(ROOT / 'tools' / name), *map(str, args)]
-    code = subprocess.run(command, cwd=ROOT).returncode
+    command = [sys.executable, '-u', '-W', 'ignore', str(ROOT / 'tools' / name), *map(str, args)]
+    with subprocess.Popen(
+        command, cwd=ROOT, text=True, stdout=subprocess.PIPE if task else None
+    ) as process:
+        if task:
+            show(process.stdout or (), task, later)
+    code = process.returncode
     if code:
         raise UserError(
             f'tools/{name} {args[0]} failed with exit code {code}; its output is above.'
         )
     return time.monotonic() - start
+
+
+def show(lines: Iterable[str], task: Task, later: float) -> None:
+    """Print a training's lines and, now and then, how long the whole demo still takes.
+
+    Args:
+        lines: What the training prints; mmengine's lines tell its own time left.
+        task: What it trains.
+        later: Seconds of the steps after it, on the machine of ``Task.seconds``.
+    """
+    start = told = time.monotonic()
+    for line in lines:
+        print(line, end='', flush=True)
+        found, now = ETA.search(line), time.monotonic()
+        if found and now - told >= TOLD_EVERY:
+            told = now
+            hours, minutes, seconds = map(int, found.groups())
+            left = 3600 * hours + 60 * minutes + seconds
+            slower = (now - start + left) / task.seconds
+            minutes = math.ceil((left + slower * later) / 60)
+            print(f'--- about {minutes} min left of the whole demo', flush=True)
 
 
 def announce(text: str) -> None:
@@ -125,13 +172,21 @@ def read_score(folder: Path, key: str) -> float:
     return float(scores.get(key, 'nan'))
 
 
-def train_and_test(name: str, work_dir: Path, quick: bool) -> tuple[report.Outcome, Path]:
-    """Train a task and test the saved checkpoint; return the outcome and the checkpoint."""
+def train_and_test(
+    name: str, work_dir: Path, quick: bool, after: Sequence[str]
+) -> tuple[report.Outcome, Path]:
+    """Train a task and test the saved checkpoint; return the outcome and the checkpoint.
+
+    ``after`` are the names of the tasks that follow.
+    """
     task = TASKS[name]
     config = f'configs/{task.config}'
     options = ['--cfg-options', *task.quick] if quick else []
     announce(f'{task.title}: training {task.model}')
-    train_seconds = run_tool('train.py', config, '--work-dir', work_dir, '--seed', 0, *options)
+    later = sum(TASKS[other].seconds for other in after) + TEST_AND_PICTURES * (1 + len(after))
+    watched = None if quick else task
+    arguments = [config, '--work-dir', work_dir, '--seed', 0, *options]
+    train_seconds = run_tool('train.py', *arguments, task=watched, later=later)
     checkpoint = Path((work_dir / 'last_checkpoint').read_text().strip())
     announce(f'{task.title}: testing {checkpoint.name}')
     test_seconds = run_tool('test.py', config, checkpoint, '--work-dir', work_dir / 'test')
@@ -234,9 +289,9 @@ def main() -> None:
     make_demo_data(DATA)
     names = list(TASKS) if args.task == 'all' else [args.task]
     outcomes, sections = [], [draw_data(out)]
-    for name in names:
+    for number, name in enumerate(names, 1):
         work_dir = out / name
-        outcome, checkpoint = train_and_test(name, work_dir, args.quick)
+        outcome, checkpoint = train_and_test(name, work_dir, args.quick, names[number:])
         announce(f'{outcome.title}: drawing')
         outcomes.append(outcome)
         sections.append(draw(name, outcome, checkpoint, work_dir, out))
