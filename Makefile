@@ -31,9 +31,9 @@ help:
 
 install: $(STAMP)
 
-# Where a PyTorch is named, install.sh looks whether it is there.
+# Where a PyTorch or CUDA is asked for, install.sh looks whether it is there.
 $(STAMP): tools/install.sh tools/build_mmcv.py setup.py pyproject.toml $(wildcard requirements/*.txt) \
-    $(if $(TORCH),always)
+    $(if $(TORCH)$(filter 1,$(FORCE_CUDA)),always)
 	@STACK='$(STACK)' PYTHON='$(PYTHON)' VENV='$(VENV)' JOBS='$(JOBS)' TORCH='$(TORCH)' bash tools/install.sh
 	@touch '$@'
 

@@ -350,6 +350,15 @@ def test_make_runs_chosen_tests_on_the_other_stack():
     assert last.endswith(f' .venv/bin/python -m pytest {options}')
 
 
+@pytest.mark.parametrize('asked', ['TORCH=2.14.1', 'FORCE_CUDA=1', 'FORCE_CUDA=0'])
+def test_another_pytorch_is_not_passed_over_for_what_is_done(asked, tmp_path):
+    """After an installation, `make install` does nothing, unless PyTorch or CUDA is asked for."""
+    (tmp_path / '.installed-openmmlab').touch()
+    command = ['make', '-n', 'install', f'VENV={tmp_path}']
+    assert 'install.sh' not in run(command, cwd=ROOT).stdout
+    assert ('install.sh' in run([*command, asked], cwd=ROOT).stdout) == (asked != 'FORCE_CUDA=0')
+
+
 def test_ci_runs_both_stacks_and_names_tests_that_exist():
     """The tests that CI runs on the second stack are there."""
     script = (ROOT / '.ci' / 'run').read_text()
