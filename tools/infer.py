@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 from pvt_mm import cli
-from pvt_mm.apis.inference import Predictor
+from pvt_mm.apis.inference import Predictor, find_images
 from pvt_mm.config import load_config
 
 
@@ -19,7 +19,12 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('config', help='config file of mmdet or mmseg kind')
     parser.add_argument('checkpoint', help='weights of the whole model: a file or URL')
-    parser.add_argument('images', nargs='+', metavar='IMAGE', help='image files')
+    parser.add_argument(
+        'images',
+        nargs='+',
+        metavar='IMAGE',
+        help="image files, folders of images, or patterns such as 'shots/*.jpg'",
+    )
     parser.add_argument('--out-dir', default='outputs', help='results go here (default: outputs)')
     parser.add_argument(
         '--score-thr', type=float, default=0.3, help='draw and list boxes above it (default: 0.3)'
@@ -33,10 +38,11 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     cfg = load_config(args.config, args.cfg_options)
+    images = find_images(args.images)
     predictor = Predictor(cfg, args.checkpoint, args.device)
     out_dir = Path(args.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    for image, name in zip(args.images, cli.unique_names(args.images)):
+    for image, name in zip(images, cli.unique_names(images)):
         result = predictor(image)
         picture = out_dir / f'{name}.png'
         predictor.draw(image, result, picture, args.score_thr)

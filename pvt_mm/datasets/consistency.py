@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import mmap
@@ -15,7 +16,8 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS, init_default_scope
 
-from pvt_mm.config import datasets
+from pvt_mm.config import datasets, type_name
+from pvt_mm.datasets.ignore_index import segmentor_heads
 from pvt_mm.errors import UserError
 
 
@@ -62,8 +64,10 @@ def check_classes(cfg: Config, config: str, loaders: Sequence[str]) -> None:
     init_default_scope(cfg.default_scope)
     model = cfg.model.get('module', cfg.model)  # out of the wrapper of test-time augmentation
     heads = dict(_num_classes(model, 'model'))
+    _check_one_class(cfg, config)
     for loader in loaders:
         for data in datasets(cfg, [loader]):
+            _check_metainfo(data.get('metainfo'), config, loader)
             try:
                 dataset = DATASETS.build(dict(data, lazy_init=True, pipeline=[]))
             except ValueError as error:
@@ -94,6 +98,38 @@ def is_coco(dataset: Any) -> bool:
         and all(getattr(type(dataset), name) is getattr(kind, name) for name in methods)
         for kind in type(dataset).__mro__
     )
+
+
+def _check_one_class(cfg: Config, config: str) -> None:
+    """Refuse a softmax over one class: its loss is 0 whatever the model says."""
+    for key, head in segmentor_heads(cfg):
+        losses = head.get('loss_decode') or dict(type='CrossEntropyLoss')
+        for loss in losses if isinstance(losses, (list, tuple)) else [losses]:
+            softmax = type_name(loss) == 'CrossEntropyLoss' and not loss.get('use_sigmoid')
+            if head.get('num_classes') == 1 and softmax:
+                raise UserError(
+                    f'{config} has {key}.num_classes=1, and a softmax over one class learns '
+                    'nothing; give the rest of the image a class too, such as '
+                    "classes=('background', ...) with num_classes=2."
+                )
+
+
+def _check_metainfo(metainfo: Any, config: str, loader: str) -> None:
+    """Refuse a key that stands for another: a data set ignores keys that it does not know.
+
+    Raises:
+        UserError: Naming both.
+    """
+    known = ('classes', 'palette')
+    for key in metainfo if isinstance(metainfo, dict) else ():
+        meant = difflib.get_close_matches(str(key).lower(), known, n=1, cutoff=0.75)
+        if meant and str(key).endswith('_classes'):  # things and stuff, of panoptic data sets
+            continue
+        if meant and key not in known and meant[0] not in metainfo:
+            raise UserError(
+                f'The metainfo of {loader} in {config} has {key}, which nothing reads; write '
+                f'{meant[0]}.'
+            )
 
 
 def _is_of(dataset: Any, *names: str) -> bool:
