@@ -71,7 +71,10 @@ def check_classes(cfg: Config, config: str, loaders: Sequence[str]) -> None:
             try:
                 dataset = DATASETS.build(dict(data, lazy_init=True, pipeline=[]))
             except ValueError as error:
-                raise UserError(f'The data set of {loader} in {config}: {error}.') from error
+                reason = str(error)
+                if 'palette does not match' in reason:  # and then the whole metainfo
+                    reason = 'palette and classes differ in length; write metainfo=dict(palette=[])'
+                raise UserError(f'The data set of {loader} in {config}: {reason}.') from error
             except Exception:  # the Runner will raise it again
                 continue
             if not _is_of(dataset, 'BaseDetDataset', 'BaseSegDataset'):  # videos, for one

@@ -201,7 +201,7 @@ def _check_map(results: dict[str, Any], num_classes: int | None, ignored: int | 
         unknown = np.unique(labels[~known]) + bool(results.get('reduce_zero_label'))
         raise data_error(
             'unknown id in a label map',
-            f'{", ".join(map(str, unknown[:5].tolist()))}; there are {num_classes} classes, and '
+            f'{", ".join(map(str, unknown[:5].tolist()))}; {num_classes} class(es), and '
             f'{"no label" if ignored is None else ignored} is ignored'
             + '; JPEG changes labels, so save PNG'
             * is_jpeg(file),

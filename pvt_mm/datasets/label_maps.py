@@ -29,6 +29,8 @@ NO_MAP = 'no label map'
 NO_LABEL = 'no label in any map'
 ABSENT = 'class in no label map'
 MOSTLY_IGNORED = 'most pixels ignored'
+#: What is found in a data set as a whole.
+KINDS = {NO_IMAGE, OTHER_SUFFIX, SPLIT_FILE, NO_MAP, NO_LABEL, ABSENT, MOSTLY_IGNORED}
 
 
 # Splits that are not scored
@@ -158,7 +160,7 @@ def _split_faults(dataset: Any, images: str, maps: str) -> Iterator[DataError]:
         return
     blank = [number for number, line in enumerate(lines, 1) if not line.strip()]
     if blank:
-        what = f'{len(blank)} of {len(lines)} lines are blank, first line {blank[0]}; remove them'
+        what = f'{len(blank)} of {len(lines)} lines are blank, such as line {blank[0]}; remove them'
         yield data_error(SPLIT_FILE, what, file)
     wrong = {}
     for number, line in enumerate(lines, 1):
@@ -168,22 +170,17 @@ def _split_faults(dataset: Any, images: str, maps: str) -> Iterator[DataError]:
     if wrong:
         number, (name, meant) = next(iter(wrong.items()))
         what = (
-            f'{len(wrong)} of {len(lines)} lines are no path below img_path without img_suffix, '
-            f'first line {number}, {name!r}; write {meant!r}'
+            f'{len(wrong)} of {len(lines)} lines are not the path of an image below img_path, '
+            f'without img_suffix; in line {number}, instead of {name!r}, write {meant!r}'
         )
         yield data_error(SPLIT_FILE, what, file)
-    elif not blank:
-        name = lines[0].strip()
-        others = [
-            ending
-            for ending in _endings(Path(images, name))
-            if ending.lower() in IMAGE_SUFFIXES and not Path(images, name + suffix).is_file()
-        ]
-        if others:
-            what = (
-                f'there is no {name}{suffix}, but {name}{others[0]}: set img_suffix={others[0]!r}'
-            )
-            yield data_error(NO_IMAGE, what, images)
+    names = [line.strip() for line in lines]
+    if blank or wrong or any(os.path.isfile(os.path.join(images, name + suffix)) for name in names):
+        return
+    others = [end for end in _endings(Path(images, names[0])) if end.lower() in IMAGE_SUFFIXES]
+    way = f'set img_suffix={others[0]!r}' if others else _holds(images)
+    what = f'there is no {names[0]}{suffix}, and no image of the {len(names)} lines; {way}'
+    yield data_error(NO_IMAGE, what, images)
 
 
 def _meant(name: str, images: str, suffix: str) -> str:
@@ -191,13 +188,14 @@ def _meant(name: str, images: str, suffix: str) -> str:
     plain = name.isprintable() and not set(name) & set('\\/ \t.')
     if plain or os.path.isfile(os.path.join(images, name + suffix)):
         return ''
-    first = name.lstrip('\ufeff').replace('\\', '/').split()[0]
-    parts = first.split('/')
-    for start in range(len(parts)):
-        tail = '/'.join(parts[start:])
-        for path in (tail, os.path.splitext(tail)[0]):
-            if tail and path != name and os.path.isfile(os.path.join(images, path + suffix)):
-                return path
+    whole = name.lstrip('\ufeff').replace('\\', '/')
+    for text in (whole, whole.split()[0]):
+        parts = [part for part in text.split('/') if part not in ('', '.')]
+        for start in range(len(parts)):
+            tail = '/'.join(parts[start:])
+            for path in (tail, os.path.splitext(tail)[0]):
+                if path != name and os.path.isfile(os.path.join(images, path + suffix)):
+                    return path
     return ''
 
 
@@ -207,6 +205,12 @@ def _endings(stem: Path) -> list[str]:
         return []
     names = sorted(os.listdir(stem.parent))
     return [name[len(stem.name) :] for name in names if name.startswith(stem.name)]
+
+
+def _holds(folder: str) -> str:
+    files = [path for path in sorted(Path(folder).rglob('*')) if path.is_file()][:3]
+    names = ', '.join(str(path.relative_to(folder)) for path in files) or 'no file'
+    return f'the folder holds {names}'
 
 
 def _map_faults(dataset: Any, images: str, maps: str) -> Iterator[DataError]:
@@ -221,13 +225,14 @@ def _map_faults(dataset: Any, images: str, maps: str) -> Iterator[DataError]:
     suffix = dataset.seg_map_suffix
     stems = [path.with_name(path.name.removesuffix(suffix)) for path in expected[:10]]
     endings = Counter(ending for stem in stems for ending in _endings(stem))
-    if endings:
+    missing = os.path.relpath(expected[0], maps)
+    if missing.startswith('..'):
+        stem = os.path.relpath(stems[0], images)
+        way = f'the split file has absolute paths; write {stem!r} and so on'
+    elif endings:
         way = f'set seg_map_suffix={endings.most_common(1)[0][0]!r}'
     else:
-        there = [path for path in sorted(Path(maps).rglob('*')) if path.is_file()][:3]
-        names = ', '.join(str(path.relative_to(maps)) for path in there) or 'no file'
-        way = f'the folder holds {names}; check seg_map_path and the names'
-    missing = os.path.relpath(expected[0], maps)
+        way = f'{_holds(maps)}; check seg_map_path and the names'
     yield data_error(NO_MAP, f'{missing} is missing, and all {len(expected)} are; {way}', maps)
 
 
@@ -269,8 +274,8 @@ class Labels(NamedTuple):
 
     @property
     def has_any(self) -> bool:
-        """Whether any pixel has a class."""
-        return len(self.absent) < len(self.classes)
+        """Whether any pixel has a class that is not ignored."""
+        return any(self.counts[i] for i in range(len(self.classes)) if i != self.ignored)
 
     def of_maps(self) -> str:
         """Say how many maps were counted."""
@@ -373,7 +378,7 @@ def _way(labels: Labels) -> str:
             f'reduce_zero_label=True ignores 0 and takes 1 for {names[0]}: if 0 stands for '
             f'{names[0]}, set it False in the data set and in LoadAnnotations'
         )
-    if labels.share_ignored:
+    if labels.share_ignored and absent:
         return f'if {labels.ignored} stands for {names[absent[-1]]}, save {absent[-1]} instead'
     held = [str(value) for value in np.flatnonzero(labels.counts)]
     return f'the maps hold {", ".join(held[:10])}: compare them with the order of the classes'

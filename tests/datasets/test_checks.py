@@ -10,7 +10,7 @@ from mmengine.registry import DATASETS, init_default_scope
 from reference import REPO
 
 from pvt_mm.config import task_of
-from pvt_mm.datasets import checks
+from pvt_mm.datasets import checks, label_maps
 from pvt_mm.errors import UserError
 
 STOPPING, HARMLESS = checks.STOPPING, checks.HARMLESS
@@ -37,6 +37,7 @@ def test_every_kind_is_planted():
     met = {kind for _, kinds in COCO.values() for kind in kinds}
     met |= {kind for _, *both in SEGMENTATION.values() for kinds in both for kind in kinds}
     elsewhere = {'annotation of no image', 'data set that does not load', 'classes that disagree'}
+    elsewhere |= label_maps.KINDS  # in test_label_maps.py
     assert met | elsewhere == {*STOPPING, *HARMLESS}
 
 
@@ -143,8 +144,12 @@ def test_mmseg_does_what_the_table_says(name, config, tmp_path):
         assert max(label for label in labels if label != 255) >= 6
     elif name == 'map id 258':
         assert set(labels) <= {0, 1, 255}, '257 and 258 have become 1 and 2'
-    elif name != 'map rgb':
-        assert set(labels) <= {0, 1, 255}
+    elif name == 'map -254':
+        assert labels == [0, 1], '-254 and -253 have become 2 and 3, and 1 and 2'
+    elif name == 'map half':
+        assert labels == [0, 2], '1.5 and 3 have become 1 and 3'
+    elif 'rgb' not in name:
+        assert set(labels) <= {*range(6), 255}
     if name == 'map ignored':
         assert labels == [255]
 

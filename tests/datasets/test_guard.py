@@ -149,7 +149,10 @@ def test_testing_names_the_file(trained, failing, demo_data, tmp_path):
     for kind in ('images', 'annotations'):
         (tmp_path / f'data/{kind}/validation').symlink_to(tmp_path / f'data/{kind}/training')
     message = failing('test', config, checkpoint, '--data-root', tmp_path / 'data')
-    assert 'validation/002.png: label map in colour (3 channels).' in message
+    assert (
+        'validation/002.png: label map in colour (3 channels; all equal: save one of them).'
+        in message
+    )
 
 
 def test_a_data_set_that_does_not_load_leads_to_its_check(config, tmp_path):
