@@ -85,6 +85,11 @@ def check_classes(cfg: Config, config: str, loaders: Sequence[str]) -> None:
                     f'The classes of {loader} in {config} are one text; write '
                     f"metainfo=dict(classes=('{classes}',)), with a comma."
                 )
+            if not classes and _is_of(dataset, 'BaseSegDataset'):
+                raise UserError(
+                    f'The data set of {loader} in {config} has no classes; write '
+                    'metainfo=dict(classes=(...)), in the order of the labels.'
+                )
             # Panoptic heads have classes of their own for things and for stuff.
             if classes and 'thing_classes' not in dataset.metainfo:
                 _check_heads(heads, classes, config, loader)

@@ -95,7 +95,8 @@ class GuardedLoader:
                 return data_error(*found, path)
         reason = f'{type(error).__name__}: {error}'.splitlines()[0]
         if 'img' not in results:
-            return data_error('unreadable image', reason, str(path))
+            wide = _wide_pixels(fileio.get(path, getattr(self.loader, 'backend_args', None)))
+            return data_error('unreadable image', wide or reason, str(path))
         if isinstance(error, KeyError) and error.args == ('mask',):
             reason = 'an object has no mask'
         return data_error('broken annotation', reason, str(path or results.get('img_path')))
@@ -133,28 +134,24 @@ def file_problem(path: str, backend_args: dict | None = None) -> tuple[str, str]
 
 #: Kinds of files, by what they begin with.
 _SIGNATURES = {
-    b'II*\0': 'a TIFF',
-    b'MM\0*': 'a TIFF',
-    b'II+\0': 'a BigTIFF',
-    b'\x89PNG': 'a PNG',
-    b'\xff\xd8\xff': 'a JPEG',
+    b'II*\0': 'a TIFF of a kind that is not read; convert it to PNG',
+    b'MM\0*': 'a TIFF of a kind that is not read; convert it to PNG',
+    b'II+\0': 'a BigTIFF, which is not read; convert it to PNG',
+    b'\x89PNG': 'a damaged PNG',
+    b'\xff\xd8\xff': 'a damaged JPEG',
     b'\x93NUMPY': 'an array of NumPy',
     b'\x89HDF': 'an HDF5 file',
     b'%PDF': 'a PDF',
     b'<!doctype html': 'a web page',
     b'<html': 'a web page',
-    b'version https://git-lfs': 'a pointer of Git LFS (git lfs pull)',
+    b'version https://git-lfs': 'a pointer of Git LFS; fetch the file with git lfs pull',
 }
 
 
 def _content(content: bytes) -> str:
     """Say what a file is that Pillow does not take for an image."""
-    import cv2  # a requirement of mmcv, not of pvt_mm
-
-    pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
-    if pixels is not None:
-        channels = 1 if pixels.ndim == 2 else pixels.shape[2]
-        return f'{pixels.dtype} with {channels} channels; convert it to 8 bits and 1 or 3 channels'
+    if wide := _wide_pixels(content):
+        return wide
     start = content[:64].lstrip().lower()
     for signature, kind in _SIGNATURES.items():
         if start.startswith(signature.lower()):
@@ -164,6 +161,17 @@ def _content(content: bytes) -> str:
     if content[128:132] == b'DICM':
         return 'it is DICOM; convert it to PNG'
     return 'its content is no image'
+
+
+def _wide_pixels(content: bytes) -> str:
+    """Describe pixels that are not of 8 bits, as those of many TIFFs; '' for others."""
+    import cv2  # a requirement of mmcv, not of pvt_mm
+
+    pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
+    if pixels is None or pixels.dtype == np.uint8:
+        return ''
+    channels = 1 if pixels.ndim == 2 else pixels.shape[2]
+    return f'{channels} channel(s) of {pixels.dtype}; convert it to 3 channels of 8 bits'
 
 
 def _check_image(results: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from mmengine.registry import DATASETS, init_default_scope
 
 from pvt_mm.config import datasets, is_format_only, type_name
 from pvt_mm.datasets.guard import GuardedLoader, data_error, with_inner
+from pvt_mm.datasets.ignore_index import IGNORED
 from pvt_mm.errors import DataError
 from pvt_mm.files import IMAGE_SUFFIXES
 
@@ -372,15 +373,15 @@ def _percent(share: float) -> str:
 
 def _way(labels: Labels) -> str:
     """Say what to change, by what the maps hold."""
-    names, absent = labels.classes, labels.absent
-    if labels.reduce_zero_label:
+    names, absent, shift = labels.classes, labels.absent, int(labels.reduce_zero_label)
+    if shift and labels.share_ignored and len(names) - 1 in absent:
         return (
             f'reduce_zero_label=True ignores 0 and takes 1 for {names[0]}: if 0 stands for '
             f'{names[0]}, set it False in the data set and in LoadAnnotations'
         )
-    if labels.share_ignored and absent:
+    if not shift and labels.share_ignored and absent:
         return f'if {labels.ignored} stands for {names[absent[-1]]}, save {absent[-1]} instead'
-    held = [str(value) for value in np.flatnonzero(labels.counts)]
+    held = [str(value + shift) for value in np.flatnonzero(labels.counts) if value < IGNORED]
     return f'the maps hold {", ".join(held[:10])}: compare them with the order of the classes'
 
 

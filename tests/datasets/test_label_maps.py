@@ -69,6 +69,7 @@ def trained_set(cfg, ignored=255):
         ((0, 1), True, ['polyp (label 1) in none', '89.6%', 'reduce_zero_label=True ignores 0']),
         ((0, 0), False, ['polyp (label 1) in none', '0.0%', 'the maps hold 0: compare']),
         ((1, 1), False, ['background (label 0) in none', 'the maps hold 1: compare']),
+        ((2, 2), True, ['background (label 0) in none', 'the maps hold 2: compare']),
         ((1, 2), True, []),
         ((0, 1), False, []),
     ],
@@ -498,6 +499,14 @@ def test_misspelt_metainfo_is_named(task, key, meant, config, tmp_path):
     assert findings[True] == bool(meant)
     data.metainfo = {key: ('one', 'two'), 'classes': CLASSES, 'palette': [[0, 0, 0]] * 5}
     if task == 'det':
+        consistency.check_classes(cfg, 'my.py', TRAIN)
+
+
+def test_a_data_set_without_classes(config, tmp_path):
+    """The evaluation would end in a KeyError after the training."""
+    cfg = config('seg', tmp_path)
+    cfg.train_dataloader.dataset.metainfo = dict(author='none')
+    with pytest.raises(UserError, match='has no classes; write metainfo='):
         consistency.check_classes(cfg, 'my.py', TRAIN)
 
 
