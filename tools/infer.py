@@ -1,16 +1,18 @@
 """Run a checkpoint on images: pictures with the results drawn in, and a JSON file beside each.
 
 Example:
-    python tools/infer.py configs/retinanet_pvt_s_fpn_1x_coco.py epoch_12.pth street.jpg
+    python tools/infer.py configs/retinanet_pvt_s_fpn_1x_coco.py epoch_12.pth street.jpg shots/
 """
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from pvt_mm import cli
 from pvt_mm.apis.inference import Predictor, find_images
 from pvt_mm.config import load_config
+from pvt_mm.errors import UserError
 
 
 def parse_args() -> argparse.Namespace:
@@ -41,14 +43,36 @@ def main() -> None:
     images = find_images(args.images)
     predictor = Predictor(cfg, args.checkpoint, args.device)
     out_dir = Path(args.out_dir)
+    pictures = [out_dir / f'{name}.png' for name in cli.unique_names(images)]
+    refuse_to_overwrite(images, pictures)
     out_dir.mkdir(parents=True, exist_ok=True)
-    for image, name in zip(images, cli.unique_names(images)):
-        result = predictor(image)
-        picture = out_dir / f'{name}.png'
+    failed = []
+    for image, picture in zip(images, pictures):
+        try:
+            result = predictor(image)
+        except UserError as error:
+            failed.append(str(error))
+            continue
         predictor.draw(image, result, picture, args.score_thr)
         report = {'image': image, **predictor.as_json(result, args.score_thr)}
-        (out_dir / f'{name}.json').write_text(json.dumps(report, indent=1, ensure_ascii=False))
+        picture.with_suffix('.json').write_text(json.dumps(report, indent=1, ensure_ascii=False))
         print(f'{image}: {predictor.summary(report)} -> {picture}')
+    if failed:
+        done = f' The other {len(images) - len(failed)} images are done.' * (len(images) > 1)
+        more = f' And {len(failed) - 5} more like these.' * (len(failed) > 5)
+        raise UserError(' '.join(failed[:5]) + more + done)
+
+
+def refuse_to_overwrite(images: Sequence[str], pictures: Sequence[Path]) -> None:
+    """Refuse to write a result over an image.
+
+    Raises:
+        UserError: Naming the image.
+    """
+    results = {picture.resolve() for picture in pictures}
+    for image in images:
+        if Path(image).resolve() in results:
+            raise UserError(f'The results would overwrite {image}; give another --out-dir.')
 
 
 if __name__ == '__main__':

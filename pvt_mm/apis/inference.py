@@ -22,7 +22,7 @@ from mmengine.runner.checkpoint import _load_checkpoint_to_model
 
 from pvt_mm.checkpoint.convert import unwrap
 from pvt_mm.config import datasets, task_of
-from pvt_mm.datasets.guard import file_problem
+from pvt_mm.datasets.guard import image_problem
 from pvt_mm.engine.checkpoint_hook import require_fit
 from pvt_mm.engine.options import without_pretrained
 from pvt_mm.engine.runtime import setup
@@ -178,9 +178,10 @@ def find_images(places: Iterable[str | Path]) -> list[str]:
 
 def _images_among(paths: Iterable[Path], place: str) -> list[str]:
     images = [path for path in sorted(paths) if path.suffix.lower() in IMAGE_SUFFIXES]
-    if not images:
+    files = [str(path) for path in images if path.is_file()]
+    if not files:
         raise UserError(f'{place} has no image (a file that ends in {", ".join(IMAGE_SUFFIXES)}).')
-    return [str(path) for path in images if path.is_file()]
+    return files
 
 
 def read_pixels(image: str | Path) -> np.ndarray:
@@ -196,7 +197,7 @@ def read_pixels(image: str | Path) -> np.ndarray:
     except Exception:  # OpenCV's own, on an empty file and others
         pixels = None
     if pixels is None:
-        reason = (file_problem(str(image)) or ('', 'convert it to PNG or JPEG'))[1]
+        reason = (image_problem(str(image)) or ('', 'convert it to PNG or JPEG'))[1]
         raise UserError(f'{image} is no image that OpenCV can read: {reason}.')
     return mmcv.bgr2rgb(pixels)
 

@@ -434,6 +434,7 @@ def _image_kinds(file: str, backend_args: dict | None) -> Iterator[str]:
 
     try:
         image = Image.open(io.BytesIO(fileio.get(file, backend_args=backend_args)))
+        wide = _is_wide(image)  # before it is decoded
         transparent = image.has_transparency_data and _min_alpha(image) < 255
     except Exception:  # the loading transform reports it
         return
@@ -443,7 +444,7 @@ def _image_kinds(file: str, backend_args: dict | None) -> Iterator[str]:
         yield 'grayscale image'
     if image.mode == 'CMYK':
         yield 'CMYK image'
-    if image.mode.startswith(('I', 'F')) or _is_wide(image):
+    if image.mode.startswith(('I', 'F')) or wide:
         yield '16-bit image'
     if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
         yield 'EXIF-rotated image'

@@ -90,13 +90,12 @@ class GuardedLoader:
         # Where the image is loaded already, the annotation is at fault.
         path = results.get('seg_map_path' if 'img' in results else 'img_path')
         if isinstance(path, str):
-            found = file_problem(path, getattr(self.loader, 'backend_args', None))
-            if found:
+            problem = file_problem if 'img' in results else image_problem
+            if found := problem(path, getattr(self.loader, 'backend_args', None)):
                 return data_error(*found, path)
         reason = f'{type(error).__name__}: {error}'.splitlines()[0]
         if 'img' not in results:
-            wide = _wide_pixels(fileio.get(path, getattr(self.loader, 'backend_args', None)))
-            return data_error('unreadable image', wide or reason, str(path))
+            return data_error('unreadable image', reason, str(path))
         if isinstance(error, KeyError) and error.args == ('mask',):
             reason = 'an object has no mask'
         return data_error('broken annotation', reason, str(path or results.get('img_path')))
@@ -130,6 +129,14 @@ def file_problem(path: str, backend_args: dict | None = None) -> tuple[str, str]
     except Exception as error:
         return 'unreadable image', str(error)
     return None
+
+
+def image_problem(path: str, backend_args: dict | None = None) -> tuple[str, str] | None:
+    """Return why an image cannot be read as three channels of 8 bits, as ``file_problem`` does."""
+    if found := file_problem(path, backend_args):
+        return found
+    wide = _wide_pixels(fileio.get(path, backend_args=backend_args))
+    return ('unreadable image', wide) if wide else None
 
 
 #: Kinds of files, by what they begin with.
