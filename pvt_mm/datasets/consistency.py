@@ -111,7 +111,7 @@ def is_coco(dataset: Any) -> bool:
 def _check_one_class(cfg: Config, config: str) -> None:
     """Refuse a softmax over one class: its loss is 0 whatever the model says."""
     for key, head in segmentor_heads(cfg):
-        losses = head.get('loss_decode') or dict(type='CrossEntropyLoss')
+        losses = head.get('loss_decode') or []
         for loss in losses if isinstance(losses, (list, tuple)) else [losses]:
             softmax = type_name(loss) == 'CrossEntropyLoss' and not loss.get('use_sigmoid')
             if head.get('num_classes') == 1 and softmax:

@@ -14,10 +14,10 @@ from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS, init_default_scope
 
-from pvt_mm.config import datasets, is_format_only, type_name
+from pvt_mm.config import datasets, evaluators, is_format_only, type_name
 from pvt_mm.datasets.guard import GuardedLoader, data_error, with_inner
 from pvt_mm.datasets.ignore_index import IGNORED
-from pvt_mm.errors import DataError
+from pvt_mm.errors import DataError, UserError
 from pvt_mm.files import IMAGE_SUFFIXES
 
 #: Label maps that a summary reads at most; and at least, where all classes are seen before.
@@ -41,11 +41,22 @@ def drop_unread_maps(cfg: Config, loaders: Sequence[str]) -> None:
     """Leave out the label maps of splits that are predicted and not scored, in place.
 
     Such a split has ``format_only=True`` in its evaluators, and mostly no label maps.
+
+    Raises:
+        UserError: Where an evaluator has no folder for the predictions.
     """
     if cfg.get('default_scope') != 'mmseg':
         return
     for loader in loaders:
-        for data in datasets(cfg, [loader]) if is_format_only(cfg, loader) else ():
+        if not is_format_only(cfg, loader):
+            continue
+        name = loader.replace('dataloader', 'evaluator')
+        if not all(evaluator.get('output_dir') for evaluator in evaluators(cfg, loader)):
+            raise UserError(
+                f'{name} has format_only=True without output_dir, so that the predictions would be '
+                f'lost; --out DIR of tools/test.py, or {name}.output_dir=DIR.'
+            )
+        for data in datasets(cfg, [loader]):
             data['pipeline'] = _without_maps(data.get('pipeline', []))
             if isinstance(data.get('data_prefix'), dict):
                 data['data_prefix'].pop('seg_map_path', None)
@@ -217,7 +228,10 @@ def _holds(folder: str) -> str:
 def _map_faults(dataset: Any, images: str, maps: str) -> Iterator[DataError]:
     """Tell of label maps of which none exists."""
     if not maps:
-        what = 'data_prefix has no seg_map_path, and the pipeline has LoadAnnotations'
+        what = (
+            'data_prefix has no seg_map_path, and the pipeline has LoadAnnotations; a test split '
+            'without label maps takes format_only=True in its evaluator'
+        )
         yield data_error(NO_MAP, what, images)
         return
     expected = [Path(info['seg_map_path']) for info in dataset.load_data_list()]

@@ -15,6 +15,7 @@ from PIL import Image
 from pvt_mm.datasets import checks, consistency, guard, ignore_index, label_maps
 from pvt_mm.engine import build_runner
 from pvt_mm.errors import DataError, UserError
+from pvt_mm.evaluation.options import keep_predictions
 
 TRAIN = ('train_dataloader',)
 IMAGES, MAPS = 'images/training', 'annotations/training'
@@ -288,6 +289,17 @@ def test_a_test_split_needs_no_label_maps(tta, prefix, config, tmp_path):
     assert checks.check_config(cfg, 'my.py', loaders) == ([], 2)
     dataset = DATASETS.build(data)
     assert len(dataset[0]['inputs']) == (1 if tta else 3)
+
+
+def test_predictions_without_a_folder_are_refused(config, tmp_path):
+    """mmseg would end in a TypeError after the last image."""
+    cfg = config('seg', tmp_path)
+    cfg.test_evaluator.format_only = True
+    with pytest.raises(UserError, match='test_evaluator has format_only=True without output_dir'):
+        label_maps.drop_unread_maps(cfg, ('val_dataloader', 'test_dataloader'))
+    cfg.test_evaluator = [cfg.test_evaluator, cfg.test_evaluator]
+    keep_predictions(cfg, 'out')
+    label_maps.drop_unread_maps(cfg, ('val_dataloader', 'test_dataloader'))
 
 
 def test_only_splits_without_a_score_lose_their_maps(config, tmp_path):
