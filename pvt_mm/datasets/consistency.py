@@ -16,7 +16,7 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS, init_default_scope
 
-from pvt_mm.config import datasets, type_name
+from pvt_mm.config import datasets, iter_dicts, type_name
 from pvt_mm.datasets.ignore_index import segmentor_heads
 from pvt_mm.errors import UserError
 
@@ -90,6 +90,7 @@ def check_classes(cfg: Config, config: str, loaders: Sequence[str]) -> None:
                     f'The data set of {loader} in {config} has no classes; write '
                     'metainfo=dict(classes=(...)), in the order of the labels.'
                 )
+            _check_reduced(data.get('pipeline'), dataset, config, loader)
             # Panoptic heads have classes of their own for things and for stuff.
             if classes and 'thing_classes' not in dataset.metainfo:
                 _check_heads(heads, classes, config, loader)
@@ -120,6 +121,22 @@ def _check_one_class(cfg: Config, config: str) -> None:
                     'nothing; give the rest of the image a class too, such as '
                     "classes=('background', ...) with num_classes=2."
                 )
+
+
+def _check_reduced(pipeline: Any, dataset: Any, config: str, loader: str) -> None:
+    """Compare ``reduce_zero_label`` of a data set of mmseg and of its loading transforms.
+
+    Raises:
+        UserError: Where they differ.
+    """
+    reduced = getattr(dataset, 'reduce_zero_label', None)
+    for step in iter_dicts(pipeline):
+        value = step.get('reduce_zero_label')
+        if None not in (reduced, value) and value != reduced:
+            raise UserError(
+                f'The data set of {loader} in {config} has reduce_zero_label={reduced}, and its '
+                f'{type_name(step)} has {value}; set both the same.'
+            )
 
 
 def _check_metainfo(metainfo: Any, config: str, loader: str) -> None:

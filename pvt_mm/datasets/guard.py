@@ -174,7 +174,10 @@ def _wide_pixels(content: bytes) -> str:
     """Describe pixels that are not of 8 bits, as those of many TIFFs; '' for others."""
     import cv2  # a requirement of mmcv, not of pvt_mm
 
-    pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
+    try:
+        pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error:  # more pixels than it allows, for one
+        return ''
     if pixels is None or pixels.dtype == np.uint8:
         return ''
     channels = 1 if pixels.ndim == 2 else pixels.shape[2]
@@ -214,12 +217,11 @@ def _check_map(results: dict[str, Any], num_classes: int | None, ignored: int | 
     known = (labels < num_classes) | (labels == ignored)
     if not known.all():
         unknown = np.unique(labels[~known]) + bool(results.get('reduce_zero_label'))
+        why = '; JPEG changes labels, so save PNG' if is_jpeg(file) else ''
         raise data_error(
             'unknown id in a label map',
             f'{", ".join(map(str, unknown[:5].tolist()))}; {num_classes} class(es), and '
-            f'{"no label" if ignored is None else ignored} is ignored'
-            + '; JPEG changes labels, so save PNG'
-            * is_jpeg(file),
+            f'{"no label" if ignored is None else ignored} is ignored{why}',
             file,
         )
 

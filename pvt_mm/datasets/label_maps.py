@@ -68,6 +68,8 @@ def _without_maps(steps: Sequence[Any]) -> list[Any]:
     for step in steps:
         if isinstance(step, (list, tuple)):
             kept += [inner] if (inner := _without_maps(step)) else []
+        elif not isinstance(step, dict):
+            kept.append(step)
         elif not _loads_maps(step):
             inside = step.get('transforms')
             kept.append(ConfigDict(step, transforms=_without_maps(inside)) if inside else step)
@@ -92,7 +94,9 @@ def check_files(cfg: Config, loaders: Sequence[str]) -> None:
     Raises:
         DataError: Naming the folder or split file, what is wrong and what to write.
     """
-    init_default_scope(cfg.default_scope)
+    if cfg.get('default_scope') != 'mmseg':
+        return
+    init_default_scope('mmseg')
     for data in datasets(cfg, loaders):
         for error in file_problems(data):
             if error.kind != OTHER_SUFFIX:
@@ -143,11 +147,9 @@ def _suffix_faults(dataset: Any, images: str, maps: str) -> Iterator[DataError]:
                 others[os.path.splitext(name)[1]] += 1
     listed = ', '.join(f'{count} end in {ending}' for ending, count in others.most_common(3))
     if not found:
-        way = (
-            f'but {listed}: set img_suffix={others.most_common(1)[0][0]!r}'
-            if others
-            else ('and none is an image; check img_path in data_prefix')
-        )
+        way = 'and none is an image; check img_path in data_prefix'
+        if others:
+            way = f'but {listed}: set img_suffix={others.most_common(1)[0][0]!r}'
         yield data_error(NO_IMAGE, f'no file here ends in {suffix!r}, {way}', images)
     elif others:
         yield data_error(OTHER_SUFFIX, f'{listed}, and img_suffix is {suffix!r}', images)
@@ -161,7 +163,7 @@ def _split_faults(dataset: Any, images: str, maps: str) -> Iterator[DataError]:
     """Compare the lines of a split file with the files in the folder of images."""
     file, suffix = dataset.ann_file, dataset.img_suffix
     try:
-        lines = Path(file).read_text(encoding='utf-8').splitlines()
+        lines = Path(file).read_bytes().decode().removesuffix('\n').split('\n')  # as mmseg does
     except UnicodeDecodeError:
         yield data_error(SPLIT_FILE, 'it is not in UTF-8; save it as UTF-8', file)
         return

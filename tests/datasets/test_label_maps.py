@@ -236,7 +236,8 @@ def test_a_head_that_ignores_nothing(config, tmp_path):
         ),
         (
             'cfg.model.decode_head.ignore_index = cfg.val_evaluator.ignore_index = 250;'
-            'cfg.train_dataloader.dataset.reduce_zero_label = True',
+            'cfg.train_dataloader.dataset.reduce_zero_label = True;'
+            'cfg.train_dataloader.dataset.pipeline[1].reduce_zero_label = True',
             'model.decode_head.ignore_index=255',
         ),
     ],
@@ -408,6 +409,7 @@ def test_an_empty_folder(config, tmp_path):
         ('/elsewhere/000.jpg', "write '000'"),
         ('', 'it names no image'),
         ('\n\n', 'it names no image'),
+        ('000\r001', "write '000'"),
         ('000\r\n001\r\n', ''),
         ('000\n001\n', ''),
         ('  000  \n001', ''),
@@ -519,6 +521,14 @@ def test_a_data_set_without_classes(config, tmp_path):
     cfg = config('seg', tmp_path)
     cfg.train_dataloader.dataset.metainfo = dict(author='none')
     with pytest.raises(UserError, match='has no classes; write metainfo='):
+        consistency.check_classes(cfg, 'my.py', TRAIN)
+
+
+def test_reduce_zero_label_that_differs(config, tmp_path):
+    """In the data set and its pipeline: mmseg would call the first label map broken."""
+    cfg = config('seg', tmp_path)
+    cfg.train_dataloader.dataset.reduce_zero_label = False
+    with pytest.raises(UserError, match='=False, and its LoadAnnotations has True; set both'):
         consistency.check_classes(cfg, 'my.py', TRAIN)
 
 
