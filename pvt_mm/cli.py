@@ -133,15 +133,15 @@ def track(items: Iterable[T], total: int, description: str) -> Iterator[T]:
 
 def unique_names(paths: Sequence[str]) -> list[str]:
     """Return a name for each path, without folder and ending, numbered where it is taken."""
-    names: list[str] = []
+    names: dict[str, None] = {}
     for path in paths:
         stem = name = Path(path).stem.lstrip('.') or 'image'
         number = 1
         while name in names:
             number += 1
             name = f'{stem}_{number}'
-        names.append(name)
-    return names
+        names[name] = None
+    return list(names)
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -129,6 +129,24 @@ def datasets(cfg: Config, loaders: Sequence[str] = LOADERS) -> Iterator[ConfigDi
             yield from unwrap(cfg[loader]['dataset'])
 
 
+def evaluators(cfg: Config, loader: str) -> list[Any]:
+    """Return the evaluators of a loader's split, such as ``val_dataloader``."""
+    found = cfg.get(loader.replace('dataloader', 'evaluator')) or []
+    return list(found) if isinstance(found, (list, tuple)) else [found]
+
+
+def is_format_only(cfg: Config, loader: str) -> bool:
+    """Tell whether a loader's split is predicted and not scored."""
+    found = evaluators(cfg, loader)
+    return bool(found) and all(evaluator.get('format_only') for evaluator in found)
+
+
+def type_name(node: dict) -> str:
+    """Return the name of the class that a part of a config builds, without its scope."""
+    kind = node.get('type', '')
+    return (kind if isinstance(kind, str) else kind.__name__).rpartition('.')[2]
+
+
 def task_of(cfg: Config, codebases: Sequence[str] = ('mmdet', 'mmseg')) -> str:
     """Return the codebase that a config is written for.
 

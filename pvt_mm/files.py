@@ -9,6 +9,8 @@ from pathlib import Path
 
 #: What a file is called while it is written: a dot, its name, and this.
 PARTIAL = '.partial'
+#: Endings of image files, in lower case.
+IMAGE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp')
 
 
 def atomic_write(content: bytes, path: str | Path) -> None:

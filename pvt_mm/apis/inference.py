@@ -6,6 +6,8 @@ not fit. Predictor serves both, refuses such weights, and gives masks as JSON.
 
 from __future__ import annotations
 
+import glob
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,12 @@ from mmengine.runner.checkpoint import _load_checkpoint_to_model
 
 from pvt_mm.checkpoint.convert import unwrap
 from pvt_mm.config import datasets, task_of
+from pvt_mm.datasets.guard import image_problem
 from pvt_mm.engine.checkpoint_hook import require_fit
 from pvt_mm.engine.options import without_pretrained
 from pvt_mm.engine.runtime import setup
 from pvt_mm.errors import UserError, naming_file
+from pvt_mm.files import IMAGE_SUFFIXES
 
 
 class Predictor:
@@ -149,6 +153,37 @@ class Predictor:
         )
 
 
+def find_images(places: Iterable[str | Path]) -> list[str]:
+    """Return image files: those named, and those in the folders and patterns named.
+
+    Args:
+        places: Files, folders (without their subfolders), and patterns such as ``'shots/*.jpg'`` or
+            ``'shots/**'``. Folders and patterns give, in order, what ends as images do.
+
+    Raises:
+        UserError: Where a folder or pattern has no image.
+    """
+    found: list[str] = []
+    for place in map(str, places):
+        path = Path(place)
+        if path.is_dir():
+            found += _images_among(path.iterdir(), f'The folder {place}')
+        elif glob.has_magic(place) and not path.exists():
+            names = glob.glob(place, recursive=True)
+            found += _images_among(map(Path, names), f'The pattern {place}')
+        else:
+            found.append(place)
+    return found
+
+
+def _images_among(paths: Iterable[Path], place: str) -> list[str]:
+    images = [path for path in sorted(paths) if path.suffix.lower() in IMAGE_SUFFIXES]
+    files = [str(path) for path in images if path.is_file()]
+    if not files:
+        raise UserError(f'{place} has no image (a file that ends in {", ".join(IMAGE_SUFFIXES)}).')
+    return files
+
+
 def read_pixels(image: str | Path) -> np.ndarray:
     """Read an image file as RGB.
 
@@ -157,9 +192,13 @@ def read_pixels(image: str | Path) -> np.ndarray:
     """
     if not Path(image).is_file():
         raise UserError(f'There is no image {image}; check the path.')
-    pixels = mmcv.imread(str(image))
+    try:
+        pixels = mmcv.imread(str(image))
+    except Exception:  # OpenCV's own, on an empty file and others
+        pixels = None
     if pixels is None:
-        raise UserError(f'{image} is no image that OpenCV can read; convert it to PNG or JPEG.')
+        reason = (image_problem(str(image)) or ('', 'convert it to PNG or JPEG'))[1]
+        raise UserError(f'{image} is no image that OpenCV can read: {reason}.')
     return mmcv.bgr2rgb(pixels)
 
 

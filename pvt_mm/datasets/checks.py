@@ -19,13 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from mmengine import fileio
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import DATASETS, init_default_scope
 
-from pvt_mm.config import datasets, task_of
+from pvt_mm.config import datasets, task_of, type_name
+from pvt_mm.datasets import label_maps
 from pvt_mm.datasets.consistency import check_classes, is_coco
-from pvt_mm.datasets.guard import IGNORED, guard_pipeline
+from pvt_mm.datasets.guard import guard_pipeline, is_jpeg
+from pvt_mm.datasets.ignore_index import ignored_label, match_ignored
 from pvt_mm.errors import DataError, UserError
 from pvt_mm.tables import text_table
 
@@ -51,6 +54,10 @@ STOPPING = {
     'annotation id given twice': _AT_START,
     'data set that does not load': _AT_START,
     'classes that disagree': _AT_START,
+    label_maps.NO_IMAGE: _AT_START,
+    label_maps.SPLIT_FILE: _AT_START,
+    label_maps.NO_MAP: _AT_START,
+    label_maps.NO_LABEL: _AT_START,
 }
 #: Kinds of data that a training goes on with, and what it does with them.
 HARMLESS = {
@@ -68,8 +75,13 @@ HARMLESS = {
     'RLE mask': 'decodes it where masks are learnt',
     'label map without image': 'leaves it out',
     'label map without labels': 'learns nothing from it',
+    'JPEG label map': 'trains on labels that the compression has changed',
+    label_maps.ABSENT: 'never learns the class; its score is NaN',
+    label_maps.MOSTLY_IGNORED: 'learns nothing from them',
+    label_maps.OTHER_SUFFIX: 'leaves them out',
     'grayscale image': 'reads it as three equal channels',
     'CMYK image': 'converts it to RGB',
+    'image with transparency': 'drops the transparency and shows what lies under it',
     '16-bit image': 'cuts it to 8 bits',
     'EXIF-rotated image': 'turns it upright, as boxes and label maps must be too',
     'non-ASCII path': 'reads it like any other',
@@ -113,12 +125,13 @@ def check_config(
     """
     init_default_scope(task_of(cfg))
     found, images = [], 0
-    try:
-        check_classes(cfg, config, loaders)
-    except UserError as error:
-        found.append(Finding(config, 'classes that disagree', str(error)))
+    for check in (check_classes, match_ignored):
+        try:
+            check(cfg, config, loaders)
+        except UserError as error:
+            found.append(Finding(config, 'classes that disagree', str(error)))
     for data in _distinct(datasets(cfg, loaders)):
-        more, count = _check_dataset(data, progress)
+        more, count = _check_dataset(data, progress, ignored_label(cfg))
         found += more
         images += count
     return found, images
@@ -134,20 +147,24 @@ def _distinct(found: Iterator[ConfigDict]) -> Iterator[ConfigDict]:
             yield data
 
 
-def _check_dataset(data: ConfigDict, progress: Progress) -> tuple[list[Finding], int]:
-    loading = [step for step in data.get('pipeline', []) if _type_name(step).startswith('Load')]
+def _check_dataset(
+    data: ConfigDict, progress: Progress, ignored: int | None
+) -> tuple[list[Finding], int]:
+    loading = [step for step in data.get('pipeline', []) if type_name(step).startswith('Load')]
     try:
         dataset = DATASETS.build(dict(data, pipeline=loading, lazy_init=True))
     except ValueError as error:
         place = data.get('ann_file') or data.get('data_root')
         return [Finding(str(place), 'data set that does not load', str(error))], 0
-    guard_pipeline(dataset)
+    guard_pipeline(dataset, ignored=ignored)
     coco = is_coco(dataset)
     if not coco and not hasattr(dataset, 'reduce_zero_label'):
         raise UserError(
             f'This tool reads COCO-style data sets and those of mmseg; {data.type} is another kind.'
         )
-    found: list[Finding] = []
+    found = list(map(_finding, label_maps.file_problems(data)))
+    if stops(found):
+        return found, 0
     with contextlib.ExitStack() as stack:
         if coco:
             entries = Entries(dataset, any(step.get('with_mask') for step in loading))
@@ -172,12 +189,11 @@ def _check_dataset(data: ConfigDict, progress: Progress) -> tuple[list[Finding],
         found += entries.images_without_objects(dataset)
     else:
         found += _maps_without_image(dataset)
-    return found + _check_samples(dataset, progress), len(dataset)
+    return found + _check_samples(dataset, progress, ignored), len(dataset)
 
 
-def _type_name(step: dict) -> str:
-    kind = step['type']
-    return (kind if isinstance(kind, str) else kind.__name__).rpartition('.')[2]
+def _finding(error: DataError) -> Finding:
+    return Finding(error.file, error.kind, error.detail)
 
 
 # Annotation files of COCO's format
@@ -357,27 +373,35 @@ def _maps_without_image(dataset: Any) -> list[Finding]:
 # Samples
 
 _dataset: Any = None
+_ignored: int | None = None
 
 
-def _check_samples(dataset: Any, progress: Progress) -> list[Finding]:
+def _check_samples(dataset: Any, progress: Progress, ignored: int | None) -> list[Finding]:
     """Read every image and annotation of a loaded data set, on all cores."""
     found: list[Finding] = []
+    counts, maps = np.zeros(256, np.int64), 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    with ProcessPoolExecutor(cores, initializer=_start, initargs=(dataset,)) as pool:
+    with ProcessPoolExecutor(cores, initializer=_start, initargs=(dataset, ignored)) as pool:
         samples = pool.map(_check_sample, range(len(dataset)), chunksize=16)
-        for more in progress(samples, total=len(dataset)):
+        for more, labels in progress(samples, total=len(dataset)):
             found += more
+            if labels is not None:
+                counts, maps = counts + labels, maps + 1
+    if maps:
+        labels = label_maps.labels_of(dataset, counts, maps, ignored)
+        found += map(_finding, label_maps.label_problems(labels))
     return found
 
 
-def _start(dataset: Any) -> None:
+def _start(dataset: Any, ignored: int | None) -> None:
     """Prepare a process for checking samples; what decoders print is hidden, as it is reported."""
-    global _dataset
-    _dataset = dataset
+    global _dataset, _ignored
+    _dataset, _ignored = dataset, ignored
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
-def _check_sample(index: int) -> list[Finding]:
+def _check_sample(index: int) -> tuple[list[Finding], Any]:
+    """Return the findings of a sample, and how many pixels of each label it has."""
     info = _dataset.get_data_info(index)
     file = str(info['img_path'])
     found = [Finding(file, kind) for kind in _path_kinds(file, _dataset.data_root or '')]
@@ -385,11 +409,16 @@ def _check_sample(index: int) -> list[Finding]:
     try:
         results = _dataset.pipeline(info)
     except DataError as error:
-        return [*found, Finding(error.file, error.kind, error.detail)]
+        return [*found, _finding(error)], None
     labels = results.get('gt_seg_map')
-    if labels is not None and (labels == IGNORED).all():
-        found.append(Finding(str(info['seg_map_path']), 'label map without labels'))
-    return found
+    if labels is None or 'seg_map_path' not in info:  # mmdet's are of another kind
+        return found, None
+    file = str(info['seg_map_path'])
+    if (labels == _ignored).all():
+        found.append(Finding(file, 'label map without labels'))
+    if is_jpeg(file):
+        found.append(Finding(file, 'JPEG label map'))
+    return found, label_maps.count(labels)
 
 
 def _path_kinds(file: str, root: str) -> Iterator[str]:
@@ -405,16 +434,24 @@ def _image_kinds(file: str, backend_args: dict | None) -> Iterator[str]:
 
     try:
         image = Image.open(io.BytesIO(fileio.get(file, backend_args=backend_args)))
+        wide = _is_wide(image)  # before it is decoded
+        transparent = image.has_transparency_data and _min_alpha(image) < 255
     except Exception:  # the loading transform reports it
         return
+    if transparent:
+        yield 'image with transparency'
     if image.mode in ('1', 'L', 'LA', 'I', 'I;16', 'I;16B', 'I;16L', 'F'):
         yield 'grayscale image'
     if image.mode == 'CMYK':
         yield 'CMYK image'
-    if image.mode.startswith(('I', 'F')) or _is_wide(image):
+    if image.mode.startswith(('I', 'F')) or wide:
         yield '16-bit image'
     if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
         yield 'EXIF-rotated image'
+
+
+def _min_alpha(image: Any) -> int:
+    return image.convert('RGBA').getchannel('A').getextrema()[0]
 
 
 def _is_wide(image: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import mmap
@@ -15,7 +16,8 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS, init_default_scope
 
-from pvt_mm.config import datasets
+from pvt_mm.config import datasets, iter_dicts, type_name
+from pvt_mm.datasets.ignore_index import segmentor_heads
 from pvt_mm.errors import UserError
 
 
@@ -62,12 +64,17 @@ def check_classes(cfg: Config, config: str, loaders: Sequence[str]) -> None:
     init_default_scope(cfg.default_scope)
     model = cfg.model.get('module', cfg.model)  # out of the wrapper of test-time augmentation
     heads = dict(_num_classes(model, 'model'))
+    _check_one_class(cfg, config)
     for loader in loaders:
         for data in datasets(cfg, [loader]):
+            _check_metainfo(data.get('metainfo'), config, loader)
             try:
                 dataset = DATASETS.build(dict(data, lazy_init=True, pipeline=[]))
             except ValueError as error:
-                raise UserError(f'The data set of {loader} in {config}: {error}.') from error
+                reason = str(error)
+                if 'palette does not match' in reason:  # and then the whole metainfo
+                    reason = 'palette and classes differ in length; write metainfo=dict(palette=[])'
+                raise UserError(f'The data set of {loader} in {config}: {reason}.') from error
             except Exception:  # the Runner will raise it again
                 continue
             if not _is_of(dataset, 'BaseDetDataset', 'BaseSegDataset'):  # videos, for one
@@ -78,6 +85,12 @@ def check_classes(cfg: Config, config: str, loaders: Sequence[str]) -> None:
                     f'The classes of {loader} in {config} are one text; write '
                     f"metainfo=dict(classes=('{classes}',)), with a comma."
                 )
+            if not classes and _is_of(dataset, 'BaseSegDataset'):
+                raise UserError(
+                    f'The data set of {loader} in {config} has no classes; write '
+                    'metainfo=dict(classes=(...)), in the order of the labels.'
+                )
+            _check_reduced(data.get('pipeline'), dataset, config, loader)
             # Panoptic heads have classes of their own for things and for stuff.
             if classes and 'thing_classes' not in dataset.metainfo:
                 _check_heads(heads, classes, config, loader)
@@ -94,6 +107,54 @@ def is_coco(dataset: Any) -> bool:
         and all(getattr(type(dataset), name) is getattr(kind, name) for name in methods)
         for kind in type(dataset).__mro__
     )
+
+
+def _check_one_class(cfg: Config, config: str) -> None:
+    """Refuse a softmax over one class: its loss is 0 whatever the model says."""
+    for key, head in segmentor_heads(cfg):
+        losses = head.get('loss_decode') or []
+        for loss in losses if isinstance(losses, (list, tuple)) else [losses]:
+            softmax = type_name(loss) == 'CrossEntropyLoss' and not loss.get('use_sigmoid')
+            if head.get('num_classes') == 1 and softmax:
+                raise UserError(
+                    f'{config} has {key}.num_classes=1, and a softmax over one class learns '
+                    'nothing; give the rest of the image a class too, such as '
+                    "classes=('background', ...) with num_classes=2."
+                )
+
+
+def _check_reduced(pipeline: Any, dataset: Any, config: str, loader: str) -> None:
+    """Compare ``reduce_zero_label`` of a data set of mmseg and of its loading transforms.
+
+    Raises:
+        UserError: Where they differ.
+    """
+    reduced = getattr(dataset, 'reduce_zero_label', None)
+    for step in iter_dicts(pipeline):
+        value = step.get('reduce_zero_label')
+        if None not in (reduced, value) and value != reduced:
+            raise UserError(
+                f'The data set of {loader} in {config} has reduce_zero_label={reduced}, and its '
+                f'{type_name(step)} has {value}; set both the same.'
+            )
+
+
+def _check_metainfo(metainfo: Any, config: str, loader: str) -> None:
+    """Refuse a key that stands for another: a data set ignores keys that it does not know.
+
+    Raises:
+        UserError: Naming both.
+    """
+    known = ('classes', 'palette')
+    for key in metainfo if isinstance(metainfo, dict) else ():
+        meant = difflib.get_close_matches(str(key).lower(), known, n=1, cutoff=0.75)
+        if meant and str(key).endswith('_classes'):  # things and stuff, of panoptic data sets
+            continue
+        if meant and key not in known and meant[0] not in metainfo:
+            raise UserError(
+                f'The metainfo of {loader} in {config} has {key}, which nothing reads; write '
+                f'{meant[0]}.'
+            )
 
 
 def _is_of(dataset: Any, *names: str) -> bool:

@@ -11,7 +11,7 @@ import io
 import logging
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -19,11 +19,8 @@ from mmengine import fileio
 from mmengine.logging import print_log
 from mmengine.runner import Runner
 
+from pvt_mm.datasets.ignore_index import IGNORED, ignored_label
 from pvt_mm.errors import DataError, UserError
-
-#: mmseg's label of a pixel that belongs to no class.
-IGNORED = 255
-
 
 # Loading
 
@@ -36,17 +33,24 @@ class GuardedLoader:
 
     Args:
         loader: A transform of mmcv, mmdet or mmseg.
-        num_classes: Labels from this number on, except 255, are unknown; None allows all labels.
+        num_classes: Labels from this number on, except the ignored one, are unknown; None allows
+            all labels.
         skipped: A counter shared by all workers. With it, bad data gives a warning and None, and
             the data set takes another sample.
+        ignored: The label that the model ignores; None if there is none.
     """
 
     def __init__(
-        self, loader: Callable[[dict], dict], num_classes: int | None = None, skipped: Any = None
+        self,
+        loader: Callable[[dict], dict],
+        num_classes: int | None = None,
+        skipped: Any = None,
+        ignored: int | None = IGNORED,
     ) -> None:
         self.loader = loader
         self.num_classes = num_classes
         self.skipped = skipped
+        self.ignored = ignored
 
     def __call__(self, results: dict[str, Any]) -> dict[str, Any] | None:
         """Load a sample's image or annotation.
@@ -78,7 +82,7 @@ class GuardedLoader:
         if 'img' in loaded and 'img' not in before:
             _check_image(loaded)
         if 'gt_seg_map' in loaded and 'gt_seg_map' not in before:
-            _check_map(loaded, self.num_classes)
+            _check_map(loaded, self.num_classes, self.ignored)
         return loaded
 
     def _named(self, error: Exception, results: dict[str, Any]) -> DataError:
@@ -86,8 +90,8 @@ class GuardedLoader:
         # Where the image is loaded already, the annotation is at fault.
         path = results.get('seg_map_path' if 'img' in results else 'img_path')
         if isinstance(path, str):
-            found = file_problem(path, getattr(self.loader, 'backend_args', None))
-            if found:
+            problem = file_problem if 'img' in results else image_problem
+            if found := problem(path, getattr(self.loader, 'backend_args', None)):
                 return data_error(*found, path)
         reason = f'{type(error).__name__}: {error}'.splitlines()[0]
         if 'img' not in results:
@@ -119,12 +123,65 @@ def file_problem(path: str, backend_args: dict | None = None) -> tuple[str, str]
         with Image.open(io.BytesIO(content)) as image:
             image.load()
     except UnidentifiedImageError:
-        return 'unreadable image', 'its content is no image'
+        return 'unreadable image', _content(content)
     except (OSError, SyntaxError) as error:  # what Pillow raises on cut files
         return 'truncated image', str(error)
     except Exception as error:
         return 'unreadable image', str(error)
     return None
+
+
+def image_problem(path: str, backend_args: dict | None = None) -> tuple[str, str] | None:
+    """Return why an image cannot be read as three channels of 8 bits, as ``file_problem`` does."""
+    if found := file_problem(path, backend_args):
+        return found
+    wide = _wide_pixels(fileio.get(path, backend_args=backend_args))
+    return ('unreadable image', wide) if wide else None
+
+
+#: Kinds of files, by what they begin with.
+_SIGNATURES = {
+    b'II*\0': 'a TIFF of a kind that is not read; convert it to PNG',
+    b'MM\0*': 'a TIFF of a kind that is not read; convert it to PNG',
+    b'II+\0': 'a BigTIFF, which is not read; convert it to PNG',
+    b'\x89PNG': 'a damaged PNG',
+    b'\xff\xd8\xff': 'a damaged JPEG',
+    b'\x93NUMPY': 'an array of NumPy',
+    b'\x89HDF': 'an HDF5 file',
+    b'%PDF': 'a PDF',
+    b'<!doctype html': 'a web page',
+    b'<html': 'a web page',
+    b'version https://git-lfs': 'a pointer of Git LFS; fetch the file with git lfs pull',
+}
+
+
+def _content(content: bytes) -> str:
+    """Say what a file is that Pillow does not take for an image."""
+    if wide := _wide_pixels(content):
+        return wide
+    start = content[:64].lstrip().lower()
+    for signature, kind in _SIGNATURES.items():
+        if start.startswith(signature.lower()):
+            return f'it is {kind}'
+    if content[4:12] in (b'ftypheic', b'ftypmif1', b'ftypavif'):
+        return 'it is HEIC or AVIF; convert it to JPEG or PNG'
+    if content[128:132] == b'DICM':
+        return 'it is DICOM; convert it to PNG'
+    return 'its content is no image'
+
+
+def _wide_pixels(content: bytes) -> str:
+    """Describe pixels that are not of 8 bits, as those of many TIFFs; '' for others."""
+    import cv2  # a requirement of mmcv, not of pvt_mm
+
+    try:
+        pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error:  # more pixels than it allows, for one
+        return ''
+    if pixels is None or pixels.dtype == np.uint8:
+        return ''
+    channels = 1 if pixels.ndim == 2 else pixels.shape[2]
+    return f'{channels} channel(s) of {pixels.dtype}; convert it to 3 channels of 8 bits'
 
 
 def _check_image(results: dict[str, Any]) -> None:
@@ -138,10 +195,12 @@ def _check_image(results: dict[str, Any]) -> None:
         )
 
 
-def _check_map(results: dict[str, Any], num_classes: int | None) -> None:
+def _check_map(results: dict[str, Any], num_classes: int | None, ignored: int | None) -> None:
     labels, file = results['gt_seg_map'], str(results['seg_map_path'])
     if labels.ndim != 2:
-        raise data_error('label map in colour', f'{labels.shape[2]} channels', file)
+        equal = bool((labels == labels[..., :1]).all())
+        way = 'all equal: save one of them' if equal else 'save one, with the number of the class'
+        raise data_error('label map in colour', f'{labels.shape[2]} channels; {way}', file)
     shape = tuple(results.get('ori_shape', labels.shape))
     if labels.shape != shape:
         raise data_error(
@@ -151,51 +210,87 @@ def _check_map(results: dict[str, Any], num_classes: int | None) -> None:
         )
     if num_classes is None:
         return
-    known = (labels < num_classes) | (labels == IGNORED)
+    wide = _cut_id(file)
+    if wide is not None:
+        what = f'{wide:g}, which mmseg cuts to a whole number of 8 bits'
+        raise data_error('unknown id in a label map', what, file)
+    known = (labels < num_classes) | (labels == ignored)
     if not known.all():
         unknown = np.unique(labels[~known]) + bool(results.get('reduce_zero_label'))
+        why = '; JPEG changes labels, so save PNG' if is_jpeg(file) else ''
         raise data_error(
             'unknown id in a label map',
-            f'{", ".join(map(str, unknown[:5].tolist()))}; there are {num_classes} classes',
+            f'{", ".join(map(str, unknown[:5].tolist()))}; {num_classes} class(es), and '
+            f'{"no label" if ignored is None else ignored} is ignored{why}',
             file,
         )
-    largest = _largest_wide_id(file)
-    if largest > IGNORED:
-        raise data_error(
-            'unknown id in a label map', f'{largest}, which mmseg cuts to 8 bits', file
-        )
 
 
-def _largest_wide_id(file: str) -> int:
-    """Return the largest id of a label map with more than 8 bits, else 0."""
+def _cut_id(file: str) -> float | None:
+    """Return an id of a label map that mmseg's 8 bits do not hold; -1 becomes 255."""
     from PIL import Image  # a requirement of mmcv, not of pvt_mm
 
     if not os.path.isfile(file):  # in other storage
-        return 0
+        return None
     with Image.open(file) as image:
-        return int(np.asarray(image).max()) if image.mode.startswith(('I', 'F')) else 0
+        if not image.mode.startswith(('I', 'F')):
+            return None
+        ids = np.asarray(image)
+    fits = (ids >= -1) & (ids <= 255) & (ids == np.floor(ids))
+    return None if fits.all() else float(ids[~fits][0])
 
 
-def guard_pipeline(dataset: Any, skipped: Any = None) -> None:
-    """Put a guard around the loading transforms of a data set and of those inside it."""
+def is_jpeg(file: str) -> bool:
+    """Tell whether a file on this machine is a JPEG."""
+    if not os.path.isfile(file):
+        return False
+    with open(file, 'rb') as stream:
+        return stream.read(3) == b'\xff\xd8\xff'
+
+
+def with_inner(dataset: Any) -> Iterator[Any]:
+    """Yield a data set and those inside it."""
     for inner in [getattr(dataset, 'dataset', None), *getattr(dataset, 'datasets', [])]:
         if inner is not None:
-            guard_pipeline(inner, skipped)
-    pipeline: Any = getattr(dataset, 'pipeline', None)
-    if hasattr(pipeline, 'transforms'):
-        classes = dataset.metainfo.get('classes')
-        num_classes = len(classes) if classes and hasattr(dataset, 'reduce_zero_label') else None
-        _guard(pipeline.transforms, num_classes, skipped)
+            yield from with_inner(inner)
+    yield dataset
 
 
-def _guard(transforms: Any, num_classes: int | None, skipped: Any) -> None:
+def guard_pipeline(dataset: Any, skipped: Any = None, ignored: int | None = IGNORED) -> None:
+    """Put a guard around the loading transforms of a data set and of those inside it.
+
+    Args:
+        dataset: Changed in place.
+        skipped: A counter of bad data; see ``GuardedLoader``.
+        ignored: The label that the model ignores; label maps are padded with it.
+    """
+    for inner in with_inner(dataset):
+        pipeline: Any = getattr(inner, 'pipeline', None)
+        if hasattr(pipeline, 'transforms'):
+            is_mmseg = hasattr(inner, 'reduce_zero_label')
+            classes = inner.metainfo.get('classes') if is_mmseg else None
+            _guard(pipeline.transforms, len(classes) if classes else None, skipped, ignored)
+
+
+def _guard(transforms: Any, num_classes: int | None, skipped: Any, ignored: int | None) -> None:
     """Replace the loaders in a list of transforms, and in transforms that contain others."""
     for index, transform in enumerate(transforms):
         if type(transform).__name__.startswith('Load'):
-            transforms[index] = GuardedLoader(transform, num_classes, skipped)
+            transforms[index] = GuardedLoader(transform, num_classes, skipped, ignored)
+        elif ignored is not None:
+            _pad_with(transform, ignored)
         for name in ('transforms', 'subroutines'):
             inner = getattr(transform, name, [])
-            _guard(getattr(inner, 'transforms', inner), num_classes, skipped)
+            _guard(getattr(inner, 'transforms', inner), num_classes, skipped, ignored)
+
+
+def _pad_with(transform: Any, ignored: int) -> None:
+    """Have a transform pad label maps with the ignored label, where it pads with 255."""
+    if getattr(transform, 'seg_pad_val', None) == IGNORED:
+        transform.seg_pad_val = ignored
+    values = getattr(transform, 'pad_val', None)  # of mmcv's Pad
+    if isinstance(values, dict) and values.get('seg') == IGNORED:
+        transform.pad_val = {**values, 'seg': ignored}
 
 
 def guard_loading(runner: Runner, config: str, skip: bool = False) -> None:
@@ -210,6 +305,7 @@ def guard_loading(runner: Runner, config: str, skip: bool = False) -> None:
     build = runner.build_dataloader
     train = runner.cfg.get('train_dataloader')
     skipped = multiprocessing.Value('q', 0) if skip else None
+    ignored = ignored_label(runner.cfg)
 
     @functools.wraps(build)
     def guarded(dataloader: Any, *args: Any, **kwargs: Any) -> Any:
@@ -222,7 +318,7 @@ def guard_loading(runner: Runner, config: str, skip: bool = False) -> None:
                 f'A data set of {config} cannot be loaded ({type(error).__name__}: {error}); '
                 f'python tools/analysis_tools/check_dataset.py {config} says what is wrong with it.'
             ) from error
-        guard_pipeline(loader.dataset, skipped if dataloader == train else None)
+        guard_pipeline(loader.dataset, skipped if dataloader == train else None, ignored)
         return loader
 
     runner.build_dataloader = guarded

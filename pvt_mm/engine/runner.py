@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from typing import Any
 
 from mmengine.config import Config
 from mmengine.hooks import LoggerHook
+from mmengine.logging import print_log
 from mmengine.runner import Runner
 
 from pvt_mm.config import CODEBASES, task_of
 from pvt_mm.datasets.consistency import check_classes, check_data
 from pvt_mm.datasets.guard import guard_loading
+from pvt_mm.datasets.ignore_index import ignored_label, match_ignored
+from pvt_mm.datasets.label_maps import check_files, check_labels, drop_unread_maps
 from pvt_mm.engine import resume, runtime
 from pvt_mm.engine.options import (
     add_checkpoint_hook,
@@ -48,8 +52,11 @@ def build_runner(cfg: Config, *, config: str, train: bool, skip_bad_images: bool
     runtime.setup()  # the checks read files
     task_of(cfg, CODEBASES)
     loaders = ('train_dataloader', 'val_dataloader') if train else ('test_dataloader',)
+    drop_unread_maps(cfg, loaders)
     check_data(cfg, loaders)
     check_classes(cfg, config, loaders)
+    check_files(cfg, loaders)
+    match_ignored(cfg, config, loaders)
     check_checkpoint(cfg.get('load_from'))
     if train:
         check_pretrained(cfg)
@@ -69,6 +76,10 @@ def build_runner(cfg: Config, *, config: str, train: bool, skip_bad_images: bool
         guard_loading(runner, config, skip_bad_images)
         if train:
             runner.register_hook(TrainingSummaryHook())
+        else:
+            _, warnings = check_labels(runner.test_dataloader.dataset, ignored_label(cfg))
+            for warning in warnings:
+                print_log(warning, logger='current', level=logging.WARNING)
         fit_log_interval(runner, runner.max_iters if train else len(runner.test_dataloader))
     return runner
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import locale
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +21,8 @@ from torch import nn
 
 from pvt_mm.checkpoint.convert import recognise_arch, to_atoms
 from pvt_mm.checkpoint.key_maps import PVT_MM
+from pvt_mm.datasets.ignore_index import ignored_label
+from pvt_mm.datasets.label_maps import check_labels
 from pvt_mm.engine.model_parts import find_backbones, unwrap_model
 from pvt_mm.models import PyramidBackbone
 from pvt_mm.models.context import bf16_is_slow_on_cpu
@@ -30,12 +32,14 @@ WIDTH = 100
 
 
 class Data(NamedTuple):
-    """A data set: its split, type, and numbers of images and classes."""
+    """A data set: its split, type, numbers of images and classes, a note, and warnings."""
 
     split: str
     kind: str
     images: int
     classes: int
+    note: str = ''
+    warnings: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,8 @@ def warnings_of(facts: Facts) -> list[str]:
             f'{facts.batch_norms} BatchNorm layers see one image at a time: norm_eval=True, GN, or '
             'train_dataloader.batch_size=2 or more.'
         )
+    for data in facts.data:
+        found += [f'{data.split}: {text}' for text in data.warnings]
     if facts.slow_bf16:
         found.append(
             'this CPU has no instructions for bf16, so that it is slower than fp32: leave out '
@@ -177,7 +183,8 @@ def _rows(facts: Facts) -> Iterator[tuple[str, str]]:
     yield 'precision', facts.precision
     yield 'device', facts.device
     for data in facts.data:
-        yield data.split, f'{data.images:,} images, {data.classes} classes ({data.kind})'
+        note = f', {data.note}' if data.note else ''
+        yield data.split, f'{data.images:,} images, {data.classes} classes ({data.kind}){note}'
     yield 'output', facts.work_dir
 
 
@@ -301,7 +308,7 @@ def facts_of(runner: Any, weights: list[str]) -> Facts:
         weight_decay=wrapper.optimizer.defaults.get('weight_decay'),
         precision=_precision(wrapper, model),
         device=_device(model),
-        data=[_data(split, loader.dataset) for split, loader in loaders],
+        data=[_data(split, loader.dataset, ignored_label(cfg)) for split, loader in loaders],
         work_dir=str(runner.work_dir),
         transformer=any(map(_is_transformer, model.modules())),
         batch_norms=sum(_sees_its_batch(module) for module in model.modules()),
@@ -366,9 +373,10 @@ def _device(model: nn.Module) -> str:
     return f'{count} x {what}'
 
 
-def _data(split: str, dataset: Any) -> Data:
+def _data(split: str, dataset: Any, ignored: int | None) -> Data:
     classes = getattr(dataset, 'metainfo', {}).get('classes') or ()
-    return Data(split, type(dataset).__name__, len(dataset), len(classes))
+    kind, (note, warnings) = type(dataset).__name__, check_labels(dataset, ignored)
+    return Data(split, kind, len(dataset), len(classes), note, warnings)
 
 
 def _is_transformer(module: nn.Module) -> bool:

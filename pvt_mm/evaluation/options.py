@@ -44,7 +44,8 @@ def keep_predictions(cfg: Config, out: str) -> None:
     if task == 'mmseg':
         if is_pickle:
             raise UserError(f'--out {out}: segmentation writes a folder of PNGs, so name a folder.')
-        cfg.test_evaluator.update(output_dir=out, keep_results=True)
+        for evaluator in _evaluators(cfg.test_evaluator):
+            evaluator.update(output_dir=out, keep_results=True)
         return
     if not is_pickle:
         raise UserError(f'--out {out}: this task writes one pickle, so end the name in .pkl.')

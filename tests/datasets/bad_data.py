@@ -29,6 +29,12 @@ def cut(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
 
 
+def transparent(path, alpha=0):
+    image = picture('RGBA')
+    image.putalpha(alpha)
+    image.save(path, format='PNG')
+
+
 def wide(path):
     Image.fromarray(RNG.randint(0, 65535, (HEIGHT, WIDTH)).astype(np.uint16)).save(path)
 
@@ -139,6 +145,8 @@ COCO = {
     'rle': (lambda s: s.object.update(segmentation=rle()), ['RLE mask']),
     'gray': (lambda s: picture('L').save(s.path), ['grayscale image']),
     'cmyk': (lambda s: picture('CMYK').save(s.path), ['CMYK image']),
+    'alpha': (lambda s: transparent(s.path), ['image with transparency']),
+    'opaque': (lambda s: transparent(s.path, 255), []),
     '16 bit': (_wide, ['16-bit image', 'grayscale image']),
     'exif 180': (lambda s: turned(s.path, 3), ['EXIF-rotated image']),
     'exif 90': (lambda s: turned(s.path, 6), ['EXIF-rotated image', 'image of another size']),
@@ -178,8 +186,8 @@ def _map(function):
     return lambda image, label_map: function(label_map)
 
 
-def _save(values):
-    return _map(lambda path: Image.fromarray(values).save(path))
+def _save(values, format='PNG'):
+    return _map(lambda path: Image.fromarray(values).save(path, format=format))
 
 
 def _palette(path):
@@ -206,6 +214,12 @@ SEGMENTATION = {
     'map 16 bit': (_save(labels(np.uint16)), [], []),
     'map id 258': (_save(labels(np.uint16) + np.uint16(256)), [], [UNKNOWN]),
     'map palette': (_map(_palette), [], []),
+    'map rgba': (_save(np.dstack([labels()] * 3 + [labels() * 0])), [], [COLOUR]),
+    'map jpeg': (_save(labels(), 'JPEG'), [], ['JPEG label map']),
+    'map half': (_save(labels(np.float32) * 1.5, 'TIFF'), [], [UNKNOWN]),
+    'map nan': (_save(labels(np.float32) * np.nan, 'TIFF'), [], [UNKNOWN]),
+    'map -254': (_save(labels(np.int32) - 255, 'TIFF'), [], [UNKNOWN]),
+    'map -1': (_save(labels(np.int32) * 3 - 4, 'TIFF'), [], []),
     'map ignored': (_save(labels() * np.uint8(0)), [], ['label map without labels']),
     'image missing': (lambda image, label_map: image.unlink(), [], ['label map without image']),
     'gray': (lambda image, label_map: picture('L').save(image), ['grayscale image'], []),
@@ -213,6 +227,13 @@ SEGMENTATION = {
     'exif 180': (lambda image, label_map: turned(image, 3), ['EXIF-rotated image'], []),
     'exif 90': (lambda image, label_map: turned(image, 6), ['EXIF-rotated image'], [SIZE]),
 }
+
+
+def all_labels():
+    """A label map in which every class occurs."""
+    made = labels()
+    made[0, : len(CLASSES) + 1] = range(1, len(CLASSES) + 2)
+    return made
 
 
 def segmentation_set(root, names):
@@ -224,7 +245,7 @@ def segmentation_set(root, names):
     for number, name in enumerate(names, 1):
         image, label_map = images / f'{number:03}.jpg', maps / f'{number:03}.png'
         picture().save(image)
-        Image.fromarray(labels()).save(label_map)
+        Image.fromarray(all_labels()).save(label_map)
         plant, of_image, of_map = SEGMENTATION[name]
         plant(image, label_map)
         expected += [(str(image), kind) for kind in of_image]

@@ -4,6 +4,8 @@ import json
 import re
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 from bad_data import COCO, SEGMENTATION, coco_set, segmentation_set
 from conftest import forget_runs, losses
@@ -149,7 +151,10 @@ def test_testing_names_the_file(trained, failing, demo_data, tmp_path):
     for kind in ('images', 'annotations'):
         (tmp_path / f'data/{kind}/validation').symlink_to(tmp_path / f'data/{kind}/training')
     message = failing('test', config, checkpoint, '--data-root', tmp_path / 'data')
-    assert 'validation/002.png: label map in colour (3 channels).' in message
+    assert (
+        'validation/002.png: label map in colour (3 channels; all equal: save one of them).'
+        in message
+    )
 
 
 def test_a_data_set_that_does_not_load_leads_to_its_check(config, tmp_path):
@@ -285,3 +290,32 @@ def test_categories_are_read_wherever_they_stand(place, tmp_path):
     file = tmp_path / 'a.json'
     file.write_text(json.dumps(content))
     assert category_names(str(file)) == ['class_0', 'class_1', 'class_2']
+
+
+@pytest.mark.parametrize(
+    ('content', 'says'),
+    [
+        ('float32 of 3 channels', '3 channel(s) of float32; convert it to 3 channels of 8 bits'),
+        ('float32 of 1 channels', '1 channel(s) of float32; convert it to 3 channels of 8 bits'),
+        ('float64 of 3 channels', '3 channel(s) of float64; convert it to 3 channels of 8 bits'),
+        (b'II+\0' + bytes(100), 'it is a BigTIFF, which is not read; convert it to PNG'),
+        (b'\n<!DOCTYPE html><html>', 'it is a web page'),
+        (b'version https://git-lfs.github.com/spec/v1\n', 'it is a pointer of Git LFS; fetch the'),
+        (b'\x93NUMPY' + bytes(100), 'it is an array of NumPy'),
+        (bytes(4) + b'ftypheic' + bytes(100), 'it is HEIC or AVIF; convert it to JPEG or PNG'),
+        (bytes(128) + b'DICM' + bytes(100), 'it is DICOM; convert it to PNG'),
+        (b'hello', 'its content is no image'),
+    ],
+)
+def test_what_a_file_is_that_is_no_image(content, says, config, tmp_path):
+    """A TIFF of floats is an image, and a web page none: the way out differs."""
+    segmentation_set(tmp_path, ['clean'])
+    file = tmp_path / 'images/training/001.jpg'
+    if isinstance(content, str):
+        dtype, channels = content.split(' of ')
+        pixels = np.zeros((48, 64, int(channels[0])), dtype)
+        content = cv2.imencode('.tiff', pixels)[1].tobytes()
+    file.write_bytes(content)
+    with pytest.raises(DataError, match='unreadable image') as error:
+        guarded(config('seg', tmp_path))[0]
+    assert error.value.detail.startswith(says)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import losses, scalars
+from PIL import Image
 from pycocotools import mask as coco_mask
 from reference import REPO, small
 
@@ -49,10 +50,10 @@ def test_train_resume_test_and_infer(task, trained, run_tool, demo_data, tmp_pat
         assert len(pickle.loads(out.read_bytes())) == 2
     assert len([*(tmp_path / 'shown').rglob('*.jpg'), *(tmp_path / 'shown').rglob('*.png')]) == 2
 
-    folder = 'ade/images/validation' if task == 'seg' else 'coco/val2017'
-    images = sorted((demo_data / folder).iterdir())
+    folder = demo_data / ('ade/images/validation' if task == 'seg' else 'coco/val2017')
+    images = sorted(folder.iterdir())
     run_tool(
-        'infer', config, checkpoint, *images, '--out-dir', tmp_path / 'inferred', '--score-thr', 0
+        'infer', config, checkpoint, folder, '--out-dir', tmp_path / 'inferred', '--score-thr', 0
     )
     for image in images:
         check_inferred(tmp_path / 'inferred' / image.stem, cv2.imread(str(image)).shape[:2])
@@ -197,9 +198,18 @@ def test_no_image_is_refused(failing, trained, tmp_path):
     config, _, _, checkpoint = trained('seg')
     assert 'no image' in failing('infer', config, checkpoint, tmp_path / 'missing.jpg')
     (tmp_path / 'text.jpg').write_text('not a picture')
-    assert 'no image that OpenCV can read' in failing(
-        'infer', config, checkpoint, tmp_path / 'text.jpg'
-    )
+    message = failing('infer', config, checkpoint, tmp_path / 'text.jpg')
+    assert message.endswith('text.jpg is no image that OpenCV can read: its content is no image.')
+    Image.new('RGB', (64, 48)).save(tmp_path / 'good.png')
+    places = (tmp_path / 'good.png', tmp_path / 'text.jpg')
+    message = failing('infer', config, checkpoint, *places, '--out-dir', tmp_path / 'out')
+    assert message.endswith('its content is no image. The other 1 images are done.')
+    assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == ['good.json', 'good.png']
+    before = places[0].read_bytes()
+    message = failing('infer', config, checkpoint, places[0], '--out-dir', tmp_path)
+    assert 'would overwrite' in message and places[0].read_bytes() == before
+    (tmp_path / 'empty').mkdir()
+    assert 'The folder empty has no image' in failing('infer', config, checkpoint, 'empty')
 
 
 def test_other_launchers_need_cuda(failing, small_config, demo_data):

@@ -15,6 +15,7 @@ from pvt_mm import cli
 from pvt_mm.config import LOADERS, load_config
 from pvt_mm.datasets import checks
 from pvt_mm.datasets.consistency import check_data
+from pvt_mm.datasets.label_maps import drop_unread_maps
 
 
 def parse_args() -> argparse.Namespace:
@@ -43,6 +44,7 @@ def main() -> None:
     cfg = load_config(args.config, data_root=args.data_root)
     wanted = LOADERS if args.split == 'all' else (f'{args.split}_dataloader',)
     loaders = [loader for loader in wanted if cfg.get(loader)]
+    drop_unread_maps(cfg, loaders)
     check_data(cfg, loaders)
     track = functools.partial(cli.track, description='images')
     findings, images = checks.check_config(cfg, args.config, loaders, track)
