@@ -78,7 +78,17 @@ def add_hook(cfg: Config, hook_type: str) -> None:
 
 
 def enable_amp(cfg: Config) -> None:
-    """Train in mixed precision; without CUDA, ``runtime.setup`` turns that into bf16."""
+    """Train in mixed precision; without CUDA, ``runtime.setup`` turns that into bf16.
+
+    Raises:
+        UserError: Where the config has an optimiser wrapper of another kind.
+    """
+    kind = cfg.optim_wrapper.get('type', 'OptimWrapper')
+    if str(kind).rpartition('.')[2].rstrip("'>") not in ('OptimWrapper', 'AmpOptimWrapper'):
+        raise UserError(
+            f'--amp sets optim_wrapper.type=AmpOptimWrapper, but the config has {kind}; leave out '
+            '--amp, or the type.'
+        )
     cfg.optim_wrapper.type = 'AmpOptimWrapper'
     cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
 
