@@ -167,11 +167,13 @@ def read_config(name: str | Path, import_custom_modules: bool = True) -> Config:
     try:
         cfg = Config.fromfile(file, import_custom_modules=False)
     except Exception as error:  # it is a program
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip('.')
+        reason = f'{type(error).__name__}: {error}'.splitlines()[0].rstrip('.')
+        if isinstance(error, (SyntaxError, KeyError, TypeError, ImportError, OSError)):
+            reason = reason.partition(': ')[2]
         raise UserError(f'The config {name} does not load: {reason}.') from error
     refuse_old_config(cfg)
     if import_custom_modules:
-        _import_custom_modules(cfg, str(name), file.parent)
+        _import_custom_modules(cfg, str(name), file.resolve().parent)
     return cfg
 
 
@@ -213,8 +215,18 @@ def _import_fault(module: str, error: Exception, folder: Path) -> str:
 #: What only those have at the top, and what only those of today have.
 _OLD_KEYS = ('checkpoint_config', 'lr_config', 'optimizer_config', 'runner', 'total_epochs')
 _NEW_KEYS = ('default_scope', 'optim_wrapper', *LOADERS)
-#: Folders of mmseg that are named otherwise than their head.
+#: Folders that are named otherwise than their detector or head.
 _FOLDERS = {
+    'hybridtaskcascade': 'htc',
+    'iterativedecode': 'knet',
+    'knowledgedistillationsinglestagedetector': 'ld',
+    'lraspp': 'mobilenet_v3',
+    'point': 'point_rend',
+    'setrmla': 'setr',
+    'setrup': 'setr',
+    'singlestagedetector': 'ssd',
+    'tridentfasterrcnn': 'tridentnet',
+    'yolov3': 'yolo',
     'aspp': 'deeplabv3',
     'da': 'danet',
     'depthwiseseparableaspp': 'deeplabv3plus',

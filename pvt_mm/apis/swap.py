@@ -276,7 +276,7 @@ def own_backbone(old: Mapping[str, Any]) -> Own | None:
     name = type_name(old)
     if name in ARCHS:
         settings = {key: value for key, value in old.items() if key != '_scope_'}
-        return Own({'arch': DEFAULT_ARCHS[name], **settings, 'type': name})
+        return Own({**dict(type=name, arch=DEFAULT_ARCHS[name]), **settings, 'type': name})
     if name not in _MMDET:
         return None
     fixed = {**_MMDET_FIXED, **(_MMDET_FIXED_V1 if _MMDET[name] == 'PVT' else {})}
@@ -719,10 +719,10 @@ def _describe_backbone(old: Mapping[str, Any], new: Mapping[str, Any], choice: C
     text = f'backbone: {type_name(old)}{size} became {new["type"]} {arch}'
     changes = [f'{text}, without {dropped}' if dropped else text]
     if choice.same and translated:
-        settings = _arch(new)
+        settings, weights = _arch(new), new.get('init_cfg')
         changes.append(
-            f'its depths {_joined(settings["depths"])}, widths {_joined(settings["dims"])} and '
-            f'weights ({_value(new.get("init_cfg"))}) stay'
+            f'its depths {_joined(settings["depths"])} and widths {_joined(settings["dims"])} stay, '
+            f'and {f"its weights, {_value(weights)}" if weights else "so does having no weights"}'
         )
     theirs = {**old, **(choice.own.settings if choice.own else {})}
     for key in sorted(set(theirs) & set(new) - {'type', 'arch', 'in_channels', 'out_indices'}):

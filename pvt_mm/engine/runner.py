@@ -11,7 +11,7 @@ from mmengine.hooks import LoggerHook
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from pvt_mm.config import CODEBASES, task_of
+from pvt_mm.config import CODEBASES, LOADERS, task_of
 from pvt_mm.datasets.consistency import check_classes, check_data
 from pvt_mm.datasets.guard import guard_loading
 from pvt_mm.engine import resume, runtime
@@ -67,6 +67,7 @@ def build_runner(cfg: Config, *, config: str, train: bool, skip_bad_images: bool
     else:
         cfg.resume = False
         runtime.setup(cfg)
+    fit_workers(cfg)
     with resume.clear_errors(cfg.work_dir) if train else contextlib.nullcontext():
         runner = runner_type.from_cfg(cfg)
         name_loaded_file(runner)
@@ -97,6 +98,15 @@ def runner_class(cfg: Config) -> type[Runner]:
 
 def _short(value: Any) -> str:
     return repr(value.get('type', value) if isinstance(value, dict) else value)
+
+
+def fit_workers(cfg: Config) -> None:
+    """Let ``num_workers=0`` alone turn worker processes off; PyTorch refuses what goes with them."""
+    for name in LOADERS:
+        loader = cfg.get(name)
+        if loader and not loader.get('num_workers'):
+            loader['persistent_workers'] = False
+            loader.pop('prefetch_factor', None)
 
 
 def name_loaded_file(runner: Any) -> None:
