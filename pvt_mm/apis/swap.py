@@ -715,13 +715,13 @@ def _describe_backbone(old: Mapping[str, Any], new: Mapping[str, Any], choice: C
     translated = choice.own.translated if choice.own else frozenset()
     mapped = {'depth', 'arch', 'in_channels', 'num_stages', 'out_indices', '_scope_'}
     dropped = ', '.join(sorted(set(old) - set(new) - mapped - translated))
-    arch = new['arch'] if isinstance(new['arch'], str) else 'of its own arch'
-    text = f'backbone: {type_name(old)}{size} became {new["type"]} {arch}'
+    name = new['arch'] if isinstance(new['arch'], str) else 'of its own arch'
+    text = f'backbone: {type_name(old)}{size} became {new["type"]} {name}'
     changes = [f'{text}, without {dropped}' if dropped else text]
     if choice.same and translated:
-        settings, weights = _arch(new), new.get('init_cfg')
+        arch, weights = _arch(new), new.get('init_cfg')
         changes.append(
-            f'its depths {_joined(settings["depths"])} and widths {_joined(settings["dims"])} stay, '
+            f'its depths {_joined(arch["depths"])} and widths {_joined(arch["dims"])} stay, '
             f'and {f"its weights, {_value(weights)}" if weights else "so does having no weights"}'
         )
     theirs = {**old, **(choice.own.settings if choice.own else {})}

@@ -101,7 +101,7 @@ def _short(value: Any) -> str:
 
 
 def fit_workers(cfg: Config) -> None:
-    """Let ``num_workers=0`` alone turn worker processes off; PyTorch refuses what goes with them."""
+    """Let ``num_workers=0`` alone turn workers off: PyTorch refuses what goes with them."""
     for name in LOADERS:
         loader = cfg.get(name)
         if loader and not loader.get('num_workers'):
