@@ -50,9 +50,20 @@ def load_config(
         cfg.merge_from_dict(options)
     if data_root:
         set_data_root(cfg, data_root)
+    give_preprocessor(cfg)
     if cfg.get('work_dir') is None:
         cfg.work_dir = str(Path('work_dirs') / Path(path).stem)
     return cfg
+
+
+def give_preprocessor(cfg: Config) -> None:
+    """Give a model the ``data_preprocessor`` that stands beside it, as mmengine's Runner does.
+
+    Inference and test-time augmentation build the model themselves, and would leave it out.
+    """
+    beside = cfg.get('data_preprocessor')
+    if beside and isinstance(cfg.get('model'), dict):
+        cfg.model.setdefault('data_preprocessor', beside)
 
 
 def add_training_option(cfg: Config, name: str) -> None:

@@ -214,13 +214,14 @@ def old_levels(backbone: Mapping[str, Any]) -> list[Level]:
         raise SwapRefusedError(
             reason, f'{name} cannot be swapped for a PVT: {_WHY_REFUSED[reason]}.'
         )
-    if name not in BACKBONES:
+    own = _named_backbone(backbone)
+    if own is None and name not in BACKBONES:
         raise SwapRefusedError(
             Refusal.UNKNOWN_BACKBONE,
             f'The backbone {name or "without a type"} is not known here; these can be swapped: '
             f'{", ".join(BACKBONES)}.',
         )
-    channels, strides = BACKBONES[name](backbone)
+    channels, strides = _pvt(own.settings) if own else BACKBONES[name](backbone)
     stages = list(backbone.get('out_indices', range(backbone.get('num_stages', len(channels)))))
     if (
         len(channels) != len(TOTAL_STRIDES)
@@ -268,7 +269,7 @@ _MMDET_FIXED_V1 = dict(
 
 
 def own_backbone(old: Mapping[str, Any]) -> Own | None:
-    """Return the PVT that a config has already, ours or mmdet's; None where it has none.
+    """Return the PVT that a config has already, ours, mmdet's or the authors'; None without one.
 
     Raises:
         SwapRefusedError: Where mmdet's is not built as published.
@@ -278,7 +279,7 @@ def own_backbone(old: Mapping[str, Any]) -> Own | None:
         settings = {key: value for key, value in old.items() if key != '_scope_'}
         return Own({**dict(type=name, arch=DEFAULT_ARCHS[name]), **settings, 'type': name})
     if name not in _MMDET:
-        return None
+        return _named_backbone(old)
     fixed = {**_MMDET_FIXED, **(_MMDET_FIXED_V1 if _MMDET[name] == 'PVT' else {})}
     for key, value in fixed.items():
         found = old.get(key, value)
@@ -295,11 +296,24 @@ def own_backbone(old: Mapping[str, Any]) -> Own | None:
         raise SwapRefusedError(Refusal.OTHER_PVT, f'{name}: {error}') from error
     settings = dict(type=_MMDET[name], arch=arch, drop_path_rate=0.1)  # mmdet's default
     settings.update({key: old[key] for key in (*_MMDET_SAME, 'with_cp') if key in old})
+    return _with_weights(settings, old, {*_MMDET_ARCH, *fixed, 'convert_weights'})
+
+
+def _named_backbone(old: Mapping[str, Any]) -> Own | None:
+    """Return the PVT of the authors' or timm's that a type such as ``pvt_v2_b2`` names."""
+    named = find_type(type_name(old)) or {}
+    if type_name(old) in BACKBONES or 'arch' not in named:
+        return None
+    settings = {**named, 'drop_path_rate': 0.1}  # the authors' default
+    settings.update({key: old[key] for key in _MMDET_SAME if key in old})
+    return _with_weights(settings, old, {'style'})
+
+
+def _with_weights(settings: dict[str, Any], old: Mapping[str, Any], others: set[str]) -> Own:
     weights = old.get('pretrained') or (old.get('init_cfg') or {}).get('checkpoint')
     if weights:
         settings['init_cfg'] = dict(type='Pretrained', checkpoint=weights)
-    translated = {*_MMDET_ARCH, *fixed, 'pretrained', 'convert_weights', 'init_cfg'}
-    return Own(settings, frozenset(translated))
+    return Own(settings, frozenset({*others, 'pretrained', 'init_cfg'}))
 
 
 def make_backbone(backbone: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[int, ...]]:
@@ -704,7 +718,8 @@ def _swap_host(
 
 def _take_pretrained(host: dict) -> None:
     """Give the weights that mmseg's ``pretrained`` names to a PVT itself, which may keep them."""
-    if host.get('pretrained') and type_name(host['backbone']) in _MMDET:
+    is_pvt = type_name(host['backbone']) in _MMDET or _named_backbone(host['backbone'])
+    if host.get('pretrained') and is_pvt:
         host['backbone'].pop('init_cfg', None)
         host['backbone']['pretrained'] = host.pop('pretrained')
 

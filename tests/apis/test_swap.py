@@ -403,6 +403,33 @@ def test_weights_of_mmdets_own_pvt_fit_what_it_becomes():
 
 
 @pytest.mark.parametrize(
+    ('name', 'own'),
+    [
+        ('pvt_v2_b2_li', dict(type='PVTv2', arch='b2_li')),
+        ('pvt_small', dict(type='PVT', arch='small')),
+    ],
+)
+def test_a_config_moves_from_the_authors_pvt(name, own):
+    """Their classes are known by name; mmseg's models hold the weights beside the backbone."""
+    model = dict(
+        type='EncoderDecoder',
+        pretrained='pvt.pth',
+        backbone=dict(type=name, style='pytorch'),
+        neck=dict(type='FPN', in_channels=[64, 128, 320, 512], out_channels=256),
+        decode_head=dict(type='FPNHead', in_channels=[256] * 4),
+    )
+    for backbone in (None, own):
+        cfg, changes = swap.swap_with_changes(Config(dict(model=model)), backbone)
+        weights = dict(type='Pretrained', checkpoint='pvt.pth')
+        assert cfg.model.backbone == dict(own, drop_path_rate=0.1, init_cfg=weights)
+        assert 'pretrained' not in cfg.model
+        assert changes[1].endswith('widths 64, 128, 320, 512 stay, and its weights, pvt.pth')
+    with pytest.raises(SwapRefusedError, match='The backbone pvt_huge is not known here'):
+        model['backbone']['type'] = 'pvt_huge'
+        swap.swap_with_changes(Config(dict(model=model)), own)
+
+
+@pytest.mark.parametrize(
     'change',
     [
         dict(qkv_bias=False),

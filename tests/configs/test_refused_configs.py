@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from mmengine.config import Config
 
 import pvt_mm
-from pvt_mm.config import CODEBASES, config_folder, find_config, read_config, refuse_old_config
+from pvt_mm.config import (
+    CODEBASES,
+    config_folder,
+    find_config,
+    load_config,
+    read_config,
+    refuse_old_config,
+)
 from pvt_mm.errors import UserError
 
 #: What configs of mmdet 2.x and mmseg 0.x have at the top, beside the model.
@@ -166,3 +173,15 @@ def test_a_config_that_fails_is_named_with_its_reason(tmp_path):
     file.write_text('x = 1 / 0')
     with pytest.raises(UserError, match='does not load: ZeroDivisionError: division by zero'):
         read_config(file)
+
+
+def test_a_preprocessor_beside_the_model_reaches_it(tmp_path):
+    """Inference and test-time augmentation would run without it; a model's own wins."""
+    file = tmp_path / 'config.py'
+    text = "model = dict(type='RetinaNet'{own})\ndata_preprocessor = dict(type='Beside')\n"
+    file.write_text(text.format(own=''))
+    assert load_config(str(file)).model.data_preprocessor.type == 'Beside'
+    file.write_text(text.format(own=", data_preprocessor=dict(type='Own')"))
+    assert load_config(str(file)).model.data_preprocessor.type == 'Own'
+    file.write_text('data_preprocessor = dict()')
+    assert 'model' not in load_config(str(file))

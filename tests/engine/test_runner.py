@@ -95,7 +95,7 @@ def test_what_does_not_fit_is_told_before_a_runner_is_built(trained, script, tmp
     [
         (
             dict(runner_type='FlexibleRunner', strategy=dict(type='FSDPStrategy')),
-            "has runner_type='FlexibleRunner' and strategy='FSDPStrategy', which this tool does not",
+            "has runner_type='FlexibleRunner' and strategy='FSDPStrategy', which this tool",
         ),
         (dict(runner_type='FlexibleRunner'), "has runner_type='FlexibleRunner', which"),
         (dict(strategy=dict(type='DDPStrategy')), "has strategy='DDPStrategy', which"),
