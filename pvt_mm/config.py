@@ -223,8 +223,16 @@ def _import_fault(module: str, error: Exception, folder: Path) -> str:
 
 # Configs of mmdet 2.x and mmseg 0.x
 
-#: What only those have at the top, and what only those of today have.
-_OLD_KEYS = ('checkpoint_config', 'lr_config', 'optimizer_config', 'runner', 'total_epochs')
+#: What only those have at the top, and what is written today; then what only those of today have.
+_OLD_KEYS = {
+    'checkpoint_config': 'default_hooks.checkpoint',
+    'data': 'train_dataloader, val_dataloader, test_dataloader',
+    'log_config': 'default_hooks.logger',
+    'lr_config': 'param_scheduler',
+    'optimizer_config': 'optim_wrapper.clip_grad',
+    'runner': 'train_cfg',
+    'total_epochs': 'train_cfg.max_epochs',
+}
 _NEW_KEYS = ('default_scope', 'optim_wrapper', *LOADERS)
 #: Folders that are named otherwise than their detector or head.
 _FOLDERS = {
@@ -254,12 +262,8 @@ def refuse_old_config(cfg: Config) -> None:
     Raises:
         UserError: Naming a config of today with the same head to begin from.
     """
-    data = cfg.get('data')
-    is_old = any(key in cfg for key in _OLD_KEYS) or (
-        isinstance(data, dict) and not {'samples_per_gpu', 'train', 'val'}.isdisjoint(data)
-    )
-    if is_old and not any(key in cfg for key in _NEW_KEYS):
-        marks = [key for key in ('data', *_OLD_KEYS) if key in cfg]
+    marks = old_keys(cfg)
+    if marks and not any(key in cfg for key in _NEW_KEYS):
         near = _nearest_of_today(cfg)
         raise UserError(
             f'{cfg.filename or "The config"} is of mmdet 2.x or mmseg 0.x ({", ".join(marks)}), '
@@ -267,6 +271,18 @@ def refuse_old_config(cfg: Config) -> None:
             f'{f"begin from {near}" if near else "begin from a config of today"}, and set there '
             'what you had changed.'
         )
+
+
+def old_keys(cfg: Config) -> dict[str, str]:
+    """Return the keys of a config that only mmdet 2.x and mmseg 0.x read, and what to write today.
+
+    In a config of today they change nothing, and nobody says so.
+    """
+    found = {key: new for key, new in _OLD_KEYS.items() if key in cfg}
+    data = cfg.get('data')
+    if not isinstance(data, dict) or {'samples_per_gpu', 'train', 'val', 'test'}.isdisjoint(data):
+        found.pop('data', None)  # a variable of one's own
+    return found
 
 
 def _nearest_of_today(cfg: Config) -> str:

@@ -127,8 +127,18 @@ def add_tensorboard(cfg: Config) -> None:
 
 
 def show_predictions(cfg: Config, folder: str) -> None:
-    """Have the codebase's visualisation hook write pictures to a folder."""
+    """Have the codebase's visualisation hook write pictures to a folder.
+
+    Raises:
+        UserError: Where the config has no such hook.
+    """
     task = task_of(cfg, CODEBASES)
+    if not (cfg.get('default_hooks') or {}).get('visualization'):
+        hook = dict(mmdet='DetVisualizationHook', mmseg='SegVisualizationHook')
+        raise UserError(
+            '--show-dir needs the hook that draws: set default_hooks.visualization='
+            f"dict(type='{hook.get(task, 'VisualizationHook')}') in the config."
+        )
     if task == 'mmpretrain':
         cfg.default_hooks.visualization.update(enable=True, interval=1, out_dir=folder)
         return

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from typing import Any
 
 from mmengine.config import Config
 from mmengine.hooks import LoggerHook
+from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from pvt_mm.config import CODEBASES, LOADERS, task_of
+from pvt_mm.config import CODEBASES, LOADERS, old_keys, task_of
 from pvt_mm.datasets.consistency import check_classes, check_data
 from pvt_mm.datasets.guard import guard_loading
 from pvt_mm.engine import resume, runtime
@@ -56,6 +58,7 @@ def build_runner(cfg: Config, *, config: str, train: bool, skip_bad_images: bool
     check_classes(cfg, config, loaders)
     check_checkpoint(cfg.get('load_from'))
     if train:
+        warn_of_old_keys(cfg)
         check_pretrained(cfg)
     elif cfg.get('load_from'):  # published weights need not be fetched
         without_pretrained(cfg)
@@ -76,6 +79,17 @@ def build_runner(cfg: Config, *, config: str, train: bool, skip_bad_images: bool
             runner.register_hook(TrainingSummaryHook())
         fit_log_interval(runner, runner.max_iters if train else len(runner.test_dataloader))
     return runner
+
+
+def warn_of_old_keys(cfg: Config) -> None:
+    """Warn of keys that an older generation read: here they change nothing."""
+    for key, new in old_keys(cfg).items():
+        print_log(
+            f'The config has {key}, which mmdet 2.x and mmseg 0.x read: it changes nothing here. '
+            f'Set {new}.',
+            logger='current',
+            level=logging.WARNING,
+        )
 
 
 def runner_class(cfg: Config) -> type[Runner]:

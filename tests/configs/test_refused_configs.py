@@ -14,9 +14,11 @@ from pvt_mm.config import (
     config_folder,
     find_config,
     load_config,
+    old_keys,
     read_config,
     refuse_old_config,
 )
+from pvt_mm.engine import runner
 from pvt_mm.errors import UserError
 
 #: What configs of mmdet 2.x and mmseg 0.x have at the top, beside the model.
@@ -78,7 +80,9 @@ def test_an_old_config_is_refused_with_where_to_begin(stem, tmp_path):
     model, nearest = NEAREST[stem]
     file = tmp_path / f'{stem}.py'
     file.write_text(Config(dict(OLD, model=model)).pretty_text)
-    with pytest.raises(UserError, match='is of mmdet 2.x or mmseg 0.x .data, ') as caught:
+    with pytest.raises(
+        UserError, match='is of mmdet 2.x or mmseg 0.x .checkpoint_config, data, '
+    ) as caught:
         read_config(file)
     assert f'begin from {nearest}, and set' in str(caught.value)
     assert find_config(nearest).is_file()
@@ -106,6 +110,18 @@ def test_configs_of_today_are_not_taken_for_old(package):
     for file in [*root.glob('_base_/*/*.py'), *root.glob('_base_/*.py')]:
         refuse_old_config(Config.fromfile(file, import_custom_modules=False))
     refuse_old_config(Config(dict(OLD, default_scope=package)))
+
+
+def test_old_keys_in_a_config_of_today_are_named(monkeypatch):
+    """mmengine reads none of them, so the base's values stay; a variable is none."""
+    cfg = Config(dict(OLD, default_scope='mmdet', train_dataloader=dict(batch_size=2)))
+    assert old_keys(cfg)['data'].startswith('train_dataloader')
+    said = []
+    monkeypatch.setattr(runner, 'print_log', lambda text, **_: said.append(text))
+    runner.warn_of_old_keys(cfg)
+    assert len(said) == 6 and all('it changes nothing here' in text for text in said)
+    assert any('has lr_config, which' in t and 'Set param_scheduler.' in t for t in said)
+    assert not old_keys(Config(dict(data=dict(root='data/coco'), optimizer=dict(lr=1))))
 
 
 # Own modules

@@ -13,7 +13,7 @@ from mmengine.utils import ManagerMixin
 
 from pvt_mm.config import load_config
 from pvt_mm.engine import build_runner
-from pvt_mm.engine.options import enable_amp, enable_tta
+from pvt_mm.engine.options import enable_amp, enable_tta, show_predictions
 from pvt_mm.errors import DataError, UserError
 
 
@@ -134,6 +134,13 @@ def test_mixed_precision_replaces_no_other_wrapper():
         assert cfg.optim_wrapper.type == 'AmpOptimWrapper'
     with pytest.raises(UserError, match='but the config has ApexOptimWrapper'):
         enable_amp(Config(dict(optim_wrapper=dict(type='ApexOptimWrapper'))))
+
+
+def test_pictures_need_the_hook_that_draws():
+    """A config without it is told which one."""
+    for hooks in ({}, dict(default_hooks=None), dict(default_hooks=dict(visualization=None))):
+        with pytest.raises(UserError, match="visualization=dict.type='SegVisualizationHook'"):
+            show_predictions(Config(dict(default_scope='mmseg', **hooks)), 'pictures')
 
 
 def test_classes_are_named_without_the_wrapper_of_test_time_augmentation(trained, script):
