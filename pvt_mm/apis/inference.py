@@ -40,6 +40,7 @@ class Predictor:
     """
 
     def __init__(self, cfg: Config, checkpoint: str, device: str | None = None) -> None:
+        cfg.launcher = 'none'  # a config that a distributed training has dumped names another
         setup(cfg)
         self.task = task_of(cfg)
         init_default_scope(self.task)

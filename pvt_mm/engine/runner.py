@@ -106,7 +106,7 @@ def runner_class(cfg: Config) -> type[Runner]:
     raise UserError(
         f'The config has {" and ".join(given)}, which this tool does not run: resume, checks and '
         "summary need mmengine's Runner. Leave it out (several GPUs: tools/dist_train.sh), or take "
-        f'mim train {cfg.default_scope} CONFIG.'
+        f"{cfg.default_scope}'s own tools (mim train {cfg.default_scope} CONFIG)."
     )
 
 

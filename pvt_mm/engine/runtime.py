@@ -41,7 +41,8 @@ def setup(cfg: Config | None = None) -> None:
     """
     register_safe_reading()
     if cfg is not None:
-        check_launcher(cfg.get('launcher', 'none'))
+        if cfg.get('launcher', 'none') != 'none':
+            check_launcher(cfg.launcher)
         _refuse_unsafe_data(cfg._cfg_dict)
     if cfg is not None and not torch.cuda.is_available():
         _adapt_to_cpu(cfg)
