@@ -293,10 +293,10 @@ def _nearest_of_today(cfg: Config) -> str:
     model = cfg.get('model') or {}
     head = model.get('decode_head')
     head = head[-1] if isinstance(head, (list, tuple)) and head else head
-    name = str((head or model).get('type', '')).rpartition('.')[2]
+    name = _type(head or model)
     key = _letters(name.removesuffix('Head') if head else name)
     stem = Path(cfg.filename or name).stem
-    backbone = _letters(str((model.get('backbone') or {}).get('type', '')))
+    backbone = _letters(_type(model.get('backbone')))
     if 'pvt' in backbone or 'pyramidvision' in backbone:
         own = [f'pvt_mm::pvt/{file}' for file in config_names(BUNDLED)]
         own = [name for name in own if _letters(Path(name).stem).startswith(key)]
@@ -312,6 +312,10 @@ def _nearest_of_today(cfg: Config) -> str:
         return ''
     names = config_names(folder)
     return _most_similar(stem, [f'{package}::{folder.name}/{file}' for file in names])
+
+
+def _type(part: Any) -> str:
+    return str(part.get('type', '')).rpartition('.')[2] if isinstance(part, dict) else ''
 
 
 def _letters(name: str) -> str:

@@ -288,7 +288,8 @@ def own_backbone(old: Mapping[str, Any]) -> Own | None:
             raise SwapRefusedError(
                 Refusal.OTHER_PVT,
                 f'{name} with {key}={old[key]!r} is no PVT as published, so that its weights and '
-                f'widths cannot be kept; name a published arch instead, such as --arch small.',
+                f'widths cannot be kept; name a published arch instead, such as --arch '
+                f'{"small" if _MMDET[name] == "PVT" else "v2_b2"}.',
             )
     try:
         arch = find_arch(_MMDET[name], {key: old[key] for key in _MMDET_ARCH if key in old})
@@ -310,9 +311,13 @@ def _named_backbone(old: Mapping[str, Any]) -> Own | None:
 
 
 def _with_weights(settings: dict[str, Any], old: Mapping[str, Any], others: set[str]) -> Own:
-    weights = old.get('pretrained') or (old.get('init_cfg') or {}).get('checkpoint')
-    if weights:
-        settings['init_cfg'] = dict(type='Pretrained', checkpoint=weights)
+    init_cfg = old.get('init_cfg')
+    if old.get('pretrained'):
+        init_cfg = dict(checkpoint=old['pretrained'])
+    if isinstance(init_cfg, dict):  # mmdet's needs no type
+        init_cfg = {'type': 'Pretrained', **init_cfg}
+    if init_cfg:
+        settings['init_cfg'] = init_cfg
     return Own(settings, frozenset({*others, 'pretrained', 'init_cfg'}))
 
 
@@ -733,11 +738,12 @@ def _describe_backbone(old: Mapping[str, Any], new: Mapping[str, Any], choice: C
     name = new['arch'] if isinstance(new['arch'], str) else 'of its own arch'
     text = f'backbone: {type_name(old)}{size} became {new["type"]} {name}'
     changes = [f'{text}, without {dropped}' if dropped else text]
-    if choice.same and translated:
-        arch, weights = _arch(new), new.get('init_cfg')
+    if choice.own and choice.same and translated:
+        arch, weights = _arch(new), choice.own.settings.get('init_cfg')
+        kept = f', and its weights, {_value(weights)}' if weights == new.get('init_cfg') else ''
         changes.append(
-            f'its depths {_joined(arch["depths"])} and widths {_joined(arch["dims"])} stay, '
-            f'and {f"its weights, {_value(weights)}" if weights else "so does having no weights"}'
+            f'its depths {_joined(arch["depths"])} and widths {_joined(arch["dims"])} stay'
+            f'{kept if weights else ""}'
         )
     theirs = {**old, **(choice.own.settings if choice.own else {})}
     for key in sorted(set(theirs) & set(new) - {'type', 'arch', 'in_channels', 'out_indices'}):

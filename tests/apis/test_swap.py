@@ -369,6 +369,9 @@ def test_a_config_moves_from_mmdets_own_pvt(name):
     assert stays.startswith(f'its depths {depths} and widths ')
     assert 'data_preprocessor' not in ''.join(changes), 'its weights expect these statistics'
     assert swapped(name, THEIRS[name]).cfg.model.backbone == cfg.model.backbone
+    cfg, changes = swapped(name, dict(THEIRS[name], init_cfg=None))
+    assert cfg.model.backbone.init_cfg is None and f'its init_cfg: {weights} became None' in changes
+    assert not [change for change in changes if 'stay' in change and weights in change]
 
 
 def test_what_is_set_in_mmdets_own_pvt_stays():
