@@ -136,6 +136,21 @@ def test_mixed_precision_replaces_no_other_wrapper():
         enable_amp(Config(dict(optim_wrapper=dict(type='ApexOptimWrapper'))))
 
 
+@pytest.mark.parametrize('name', ['train', 'test'])
+def test_a_lost_worker_is_one_sentence_in_every_tool(name, trained, failing, monkeypatch, tmp_path):
+    """Each names the dataloaders that it reads."""
+
+    def lose(runner):
+        raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed.')
+
+    monkeypatch.setattr(Runner, name, lose)
+    first = trained('det')
+    checkpoint = [first.checkpoint] if name == 'test' else []
+    message = failing(name, first.config, *checkpoint, *first.data, '--work-dir', tmp_path / 'run')
+    assert 'a process that loads data exited unexpectedly' in message.replace(': A', ': a')
+    assert f'{name}_dataloader.num_workers=0' in message
+
+
 def test_pictures_need_the_hook_that_draws():
     """A config without it is told which one."""
     for hooks in ({}, dict(default_hooks=None), dict(default_hooks=dict(visualization=None))):
