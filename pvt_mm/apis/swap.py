@@ -296,7 +296,7 @@ def own_backbone(old: Mapping[str, Any]) -> Own | None:
     except ValueError as error:
         raise SwapRefusedError(Refusal.OTHER_PVT, f'{name}: {error}') from error
     settings = dict(type=_MMDET[name], arch=arch, drop_path_rate=0.1)  # mmdet's default
-    settings.update({key: old[key] for key in (*_MMDET_SAME, 'with_cp') if key in old})
+    settings.update({key: old[key] for key in _MMDET_SAME if key in old})
     return _with_weights(settings, old, {*_MMDET_ARCH, *fixed, 'convert_weights'})
 
 
@@ -428,7 +428,10 @@ def _place(choice: Choice, old: Mapping[str, Any], levels: Sequence[Level]) -> d
         new.setdefault('with_cp', True)
     if old.get('in_channels', 3) != 3:
         new.setdefault('in_channels', old['in_channels'])
-    if new.get('in_channels', 3) != 3 and new.get('init_cfg') and not choice.same:
+    weights = new.get('init_cfg')
+    if choice.own and choice.same and weights == choice.own.settings.get('init_cfg'):
+        return new
+    if new.get('in_channels', 3) != 3 and weights:
         # One channel takes the sum of the weights for red, green and blue; more repeat them.
         new.setdefault('adapt_in_channels', 'sum' if new['in_channels'] == 1 else 'repeat')
     return new

@@ -319,6 +319,16 @@ def test_image_channels_stay(channels, mode):
     assert 'adapt_in_channels' not in after.model.backbone
 
 
+def test_new_weights_of_the_same_arch_are_adapted_too():
+    """A PVT without weights for four channels gets the published ones, which are for RGB."""
+    cfg = copy.deepcopy(swapped(RETINA).cfg)
+    cfg.model.backbone.update(init_cfg=None, in_channels=4)
+    assert 'adapt_in_channels' not in pvt_mm.swap_backbone(cfg).model.backbone
+    init_cfg = dict(type='Pretrained', checkpoint='x')
+    after = pvt_mm.swap_backbone(cfg, dict(SMALL, init_cfg=init_cfg))
+    assert after.model.backbone.adapt_in_channels == 'repeat'
+
+
 def test_checkpointing_stays():
     """`with_cp` means the same to every backbone; a drop path rate belongs to an arch."""
     cfg = copy.deepcopy(original('mmdet::dino/dino-5scale_swin-l_8xb2-12e_coco.py'))
