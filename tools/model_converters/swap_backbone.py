@@ -2,7 +2,7 @@ r"""Write a config of mmdet or mmseg again, with a PVT in place of its backbone.
 
 The written config stands alone and begins with a list of what was changed.
 
-Example:
+Examples:
     python tools/model_converters/swap_backbone.py mmdet::atss/atss_r50_fpn_1x_coco.py \
         --arch v2_b2 -o my_config.py
     python tools/model_converters/swap_backbone.py \
