@@ -6,6 +6,7 @@ Papers: [PVT](https://arxiv.org/abs/2102.12122), Table 1;
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,8 +58,8 @@ def resolve_arch(
         ArchError: Where the name or a key is unknown, a key is missing or a value is wrong; the
             message lists what is allowed.
     """
-    if isinstance(arch, str):
-        if arch not in archs:
+    if not isinstance(arch, Mapping):
+        if not isinstance(arch, str) or arch not in archs:
             raise ArchError(f'There is no arch {arch!r}; choose one of {", ".join(archs)}.')
         return dict(archs[arch])
     keys = {key for named in archs.values() for key in named}
@@ -70,13 +71,20 @@ def resolve_arch(
             f'{", ".join(sorted(arch)) or "none"}.'
         )
     for key in sorted(required):
-        if len(arch[key]) != len(STRIDES):
-            raise ArchError(f'arch[{key!r}] must have {len(STRIDES)} values, got {arch[key]}.')
+        values = arch[key]
+        if not isinstance(values, (list, tuple)) or len(values) != len(STRIDES):
+            raise ArchError(f'arch[{key!r}] must have {len(STRIDES)} values, got {values}.')
         whole = key != 'mlp_ratios'
-        if any(value <= 0 or (whole and value != int(value)) for value in arch[key]):
+        if not all(_is_positive(value, whole) for value in values):
             kind = 'positive whole numbers' if whole else 'positive numbers'
             raise ArchError(f'arch[{key!r}] must hold {kind}, got {arch[key]}.')
     for dim, heads in zip(arch['dims'], arch['num_heads']):
         if dim % heads:
             raise ArchError(f'A width of {dim} does not split into {heads} attention heads.')
     return dict(arch)
+
+
+def _is_positive(value: Any, whole: bool) -> bool:
+    """Tell whether a value is a positive number, and a whole one if need be."""
+    kinds = int if whole else (int, float)
+    return isinstance(value, kinds) and not isinstance(value, bool) and 0 < value < math.inf

@@ -23,6 +23,7 @@ from pvt_mm.config import load_config
 from pvt_mm.engine.runtime import setup
 from pvt_mm.errors import ArchError, CheckpointMismatchError, UserError
 from pvt_mm.evaluation.options import use_fast_coco_eval
+from pvt_mm.models.arguments import find_type
 from pvt_mm.requirements import pinned
 from pvt_mm.tables import text_table
 
@@ -62,15 +63,20 @@ def main_errors(main: Callable[[], None]) -> Callable[[], None]:
 
 def _unregistered(message: str) -> str:
     """Turn mmengine's error about an unknown type into one sentence; '' for other errors."""
-    match = re.search(r'(\w+) is not in the (mmdet|mmseg)::', message)
+    match = re.search(r'(\S+) is not in the (mmdet|mmseg|mmpretrain)::', message)
     if match is None:
         return ''
     name, package = match.groups()
+    name = name.lstrip('\'"')
     if name in ('PVT', 'PVTv2'):
         return (
             f'The config uses {name} without importing it; add '
             "custom_imports = dict(imports=['pvt_mm'], allow_failed_imports=False)."
         )
+    own = find_type(name)
+    if own:
+        write = ', '.join(f'{key}={value!r}' for key, value in own.items())
+        return f'{package} has no {name}; write {write} with custom_imports of pvt_mm.'
     version, pin = import_module(package).__version__, pinned(package)
     found = f'{package} {version}, which is installed, has no {name}'
     if '==' in pin and not pin.endswith(f'=={version}'):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
+from mmengine.utils import import_modules_from_strings
 
 from pvt_mm.errors import UserError
 
@@ -49,9 +50,20 @@ def load_config(
         cfg.merge_from_dict(options)
     if data_root:
         set_data_root(cfg, data_root)
+    give_preprocessor(cfg)
     if cfg.get('work_dir') is None:
         cfg.work_dir = str(Path('work_dirs') / Path(path).stem)
     return cfg
+
+
+def give_preprocessor(cfg: Config) -> None:
+    """Give a model the ``data_preprocessor`` that stands beside it, as mmengine's Runner does.
+
+    Inference and test-time augmentation build the model themselves, and would leave it out.
+    """
+    beside = cfg.get('data_preprocessor')
+    if beside and isinstance(cfg.get('model'), dict):
+        cfg.model.setdefault('data_preprocessor', beside)
 
 
 def add_training_option(cfg: Config, name: str) -> None:
@@ -182,10 +194,160 @@ def read_config(name: str | Path, import_custom_modules: bool = True) -> Config:
     """
     file = find_config(str(name))
     try:
-        return Config.fromfile(file, import_custom_modules=import_custom_modules)
-    except (SyntaxError, KeyError, TypeError, ImportError, OSError) as error:
-        reason = str(error).splitlines()[0].rstrip('.')
+        cfg = Config.fromfile(file, import_custom_modules=False)
+    except Exception as error:  # it is a program
+        reason = f'{type(error).__name__}: {error}'.splitlines()[0].rstrip('.')
+        if isinstance(error, (SyntaxError, KeyError, TypeError, ImportError, OSError)):
+            reason = reason.partition(': ')[2]
         raise UserError(f'The config {name} does not load: {reason}.') from error
+    refuse_old_config(cfg)
+    if import_custom_modules:
+        _import_custom_modules(cfg, str(name), file.resolve().parent)
+    return cfg
+
+
+def _import_custom_modules(cfg: Config, name: str, folder: Path) -> None:
+    """Import the modules of ``custom_imports``.
+
+    Raises:
+        UserError: Naming the module that fails, and why.
+    """
+    custom = cfg.get('custom_imports') or {}
+    imports = custom.get('imports') or []
+    for module in [imports] if isinstance(imports, str) else imports:
+        try:
+            import_modules_from_strings(module, custom.get('allow_failed_imports', False))
+        except Exception as error:  # it is a program too
+            raise UserError(
+                f'The config {name} does not load: {_import_fault(module, error, folder)}.'
+            ) from error
+
+
+def _import_fault(module: str, error: Exception, folder: Path) -> str:
+    """Say why a module of ``custom_imports`` cannot be imported."""
+    cause = error.__context__ if isinstance(error, ImportError) and error.__context__ else error
+    missing = cause.name if isinstance(cause, ModuleNotFoundError) else None
+    if missing is None:
+        return f'its module {module} fails ({type(cause).__name__}: {cause})'
+    if missing != module and not module.startswith(f'{missing}.'):
+        return f'its module {module} needs {missing}, which is not installed'
+    places = [folder, *folder.parents][:3]
+    path = Path(*missing.split('.'))
+    found = next((p for p in places if (p / path).is_dir() or (p / f'{path}.py').is_file()), None)
+    where = f'{found}, where it lies' if found else 'the folder that holds it'
+    way = f'set PYTHONPATH={found or "FOLDER"}'
+    return f"its custom_imports name {module}, but Python's path lacks {where}: {way}"
+
+
+# Configs of mmdet 2.x and mmseg 0.x
+
+#: What only those have at the top, and what is written today; then what only those of today have.
+_OLD_KEYS = {
+    'checkpoint_config': 'default_hooks.checkpoint',
+    'data': 'train_dataloader, val_dataloader, test_dataloader',
+    'log_config': 'default_hooks.logger',
+    'lr_config': 'param_scheduler',
+    'optimizer_config': 'optim_wrapper.clip_grad',
+    'runner': 'train_cfg',
+    'total_epochs': 'train_cfg.max_epochs',
+}
+_NEW_KEYS = ('default_scope', 'optim_wrapper', *LOADERS)
+#: Folders that are named otherwise than their detector or head.
+_FOLDERS = {
+    'hybridtaskcascade': 'htc',
+    'iterativedecode': 'knet',
+    'knowledgedistillationsinglestagedetector': 'ld',
+    'lraspp': 'mobilenet_v3',
+    'point': 'point_rend',
+    'setrmla': 'setr',
+    'setrup': 'setr',
+    'singlestagedetector': 'ssd',
+    'tridentfasterrcnn': 'tridentnet',
+    'yolov3': 'yolo',
+    'aspp': 'deeplabv3',
+    'da': 'danet',
+    'depthwiseseparableaspp': 'deeplabv3plus',
+    'fpn': 'sem_fpn',
+    'nl': 'nonlocal_net',
+    'segmentermasktransformer': 'segmenter',
+    'uper': 'upernet',
+}
+
+
+def refuse_old_config(cfg: Config) -> None:
+    """Refuse a config of mmdet 2.x or mmseg 0.x, which no Runner of today reads.
+
+    Raises:
+        UserError: Naming a config of today with the same head to begin from.
+    """
+    marks = old_keys(cfg)
+    if marks and not any(key in cfg for key in _NEW_KEYS):
+        near = _nearest_of_today(cfg)
+        raise UserError(
+            f'{cfg.filename or "The config"} is of mmdet 2.x or mmseg 0.x ({", ".join(marks)}), '
+            f'which their versions 3.x and 1.x do not read; '
+            f'{f"begin from {near}" if near else "begin from a config of today"}, and set there '
+            'what you had changed.'
+        )
+
+
+def old_keys(cfg: Config) -> dict[str, str]:
+    """Return the keys of a config that only mmdet 2.x and mmseg 0.x read, and what to write today.
+
+    In a config of today they change nothing, and nobody says so.
+    """
+    found = {key: new for key, new in _OLD_KEYS.items() if key in cfg}
+    data = cfg.get('data')
+    if not isinstance(data, dict) or {'samples_per_gpu', 'train', 'val', 'test'}.isdisjoint(data):
+        found.pop('data', None)  # a variable of one's own
+    return found
+
+
+def _nearest_of_today(cfg: Config) -> str:
+    """Return the config of today whose head is that of an old one, '' where none is known.
+
+    One for a PVT is among those of this package, if it has that head.
+    """
+    model = cfg.get('model') or {}
+    head = model.get('decode_head')
+    head = head[-1] if isinstance(head, (list, tuple)) and head else head
+    name = _type(head or model)
+    key = _letters(name.removesuffix('Head') if head else name)
+    stem = Path(cfg.filename or name).stem
+    backbone = _letters(_type(model.get('backbone')))
+    if 'pvt' in backbone or 'pyramidvision' in backbone:
+        own = [f'pvt_mm::pvt/{file}' for file in config_names(BUNDLED)]
+        own = [name for name in own if _letters(Path(name).stem).startswith(key)]
+        if key and own:
+            return _most_similar(stem, own)
+    package = 'mmseg' if head else 'mmdet'
+    if importlib.util.find_spec(package) is None:
+        return ''
+    root = config_folder(package)
+    folders = {_letters(folder.name): folder for folder in root.iterdir() if folder.is_dir()}
+    folder = folders.get(_letters(_FOLDERS.get(key, key))) or folders.get(f'{key}net')
+    if folder is None:
+        return ''
+    names = config_names(folder)
+    return _most_similar(stem, [f'{package}::{folder.name}/{file}' for file in names])
+
+
+def _type(part: Any) -> str:
+    return str(part.get('type', '')).rpartition('.')[2] if isinstance(part, dict) else ''
+
+
+def _letters(name: str) -> str:
+    return ''.join(filter(str.isalnum, name)).lower()
+
+
+def _most_similar(stem: str, names: Sequence[str]) -> str:
+    """Return the name whose file is most similar, the shortest of equal ones; '' of none."""
+
+    def distance(name: str) -> tuple[float, int]:
+        matcher = difflib.SequenceMatcher(None, _letters(stem), _letters(Path(name).stem), False)
+        return -matcher.ratio(), len(name)
+
+    return min(names, key=distance, default='')
 
 
 def find_config(name: str) -> Path:

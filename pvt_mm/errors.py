@@ -15,6 +15,10 @@ class UserError(Exception):
     """Bad input. The message is one sentence: what is wrong, and what to do."""
 
 
+class ArgumentError(UserError, TypeError):
+    """An argument that a backbone does not have; the message says what to write instead."""
+
+
 class CheckpointMismatchError(RuntimeError):
     """Weights do not fit the model that they are loaded into.
 

@@ -20,6 +20,7 @@ _DISTRIBUTIONS = {
     'mmcv': ('mmcv', 'onedl-mmcv'),
     'mmdet': ('mmdet', 'onedl-mmdetection'),
     'mmseg': ('mmsegmentation', 'onedl-mmsegmentation'),
+    'mmpretrain': ('mmpretrain', 'onedl-mmpretrain'),
 }
 
 

@@ -7,6 +7,7 @@ Example:
 import argparse
 
 from pvt_mm import cli
+from pvt_mm.datasets.guard import clear_worker_errors
 from pvt_mm.engine import build_runner
 from pvt_mm.engine.distributed import shutdown_distributed
 from pvt_mm.engine.options import enable_tta, show_predictions
@@ -46,7 +47,9 @@ def main() -> None:
         keep_predictions(cfg, args.out)
     if args.tta:
         enable_tta(cfg)
-    build_runner(cfg, config=args.config, train=False).test()
+    runner = build_runner(cfg, config=args.config, train=False)
+    with clear_worker_errors(('test_dataloader',)):
+        runner.test()
     shutdown_distributed()
 
 

@@ -21,7 +21,7 @@ from mmengine.runner import CheckpointLoader
 from mmengine.runner.checkpoint import _load_checkpoint_to_model
 
 from pvt_mm.checkpoint.convert import unwrap
-from pvt_mm.config import datasets, task_of
+from pvt_mm.config import datasets, give_preprocessor, task_of
 from pvt_mm.datasets.guard import image_problem
 from pvt_mm.engine.checkpoint_hook import require_fit
 from pvt_mm.engine.options import without_pretrained
@@ -44,10 +44,12 @@ class Predictor:
     """
 
     def __init__(self, cfg: Config, checkpoint: str, device: str | None = None) -> None:
+        cfg.launcher = 'none'  # a config that a distributed training has dumped names another
         setup(cfg)
         self.task = task_of(cfg)
         init_default_scope(self.task)
         without_pretrained(cfg)
+        give_preprocessor(cfg)
         model = MODELS.build(cfg.model)
         weights = unwrap(CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu'))
         check = require_fit(model, weights, whole=True)

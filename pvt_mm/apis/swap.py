@@ -18,11 +18,19 @@ from typing import Any, NamedTuple
 
 from mmengine.config import Config
 
-from pvt_mm.archs import PVT_ARCHS, PVT_V2_ARCHS, TOTAL_STRIDES, resolve_arch
-from pvt_mm.config import BUNDLED, iter_dicts, read_config
+from pvt_mm.archs import TOTAL_STRIDES, resolve_arch
+from pvt_mm.config import BUNDLED, iter_dicts, read_config, refuse_old_config
 from pvt_mm.errors import UserError
+from pvt_mm.models import PVT, PVTv2
+from pvt_mm.models.arguments import (
+    ARCHS,
+    DEFAULT_ARCHS,
+    argument_names,
+    find_arch,
+    find_type,
+    refuse_arguments,
+)
 
-ARCHS = {'PVT': PVT_ARCHS, 'PVTv2': PVT_V2_ARCHS}
 ALL_STAGES = (0, 1, 2, 3)
 
 #: How images were normalised, in RGB, for the published weights.
@@ -49,6 +57,7 @@ class Refusal(str, enum.Enum):
     UNKNOWN_NECK = 'unknown neck'
     UNKNOWN_HEAD = 'unknown head on the backbone'
     CHANNELS = 'channels disagree'
+    OTHER_PVT = 'a PVT that is not built as published'
 
 
 class SwapRefusedError(UserError):
@@ -153,7 +162,7 @@ def _mscan(backbone: Mapping[str, Any]) -> tuple[list[int], list[int]]:
 
 def _pvt(backbone: Mapping[str, Any]) -> tuple[list[int], list[int]]:
     archs = ARCHS[type_name(backbone)]
-    arch = resolve_arch(backbone.get('arch', 'small' if archs is PVT_ARCHS else 'b2'), archs)
+    arch = resolve_arch(backbone.get('arch', DEFAULT_ARCHS[type_name(backbone)]), archs)
     return list(arch['dims']), list(TOTAL_STRIDES)
 
 
@@ -205,13 +214,14 @@ def old_levels(backbone: Mapping[str, Any]) -> list[Level]:
         raise SwapRefusedError(
             reason, f'{name} cannot be swapped for a PVT: {_WHY_REFUSED[reason]}.'
         )
-    if name not in BACKBONES:
+    own = _named_backbone(backbone)
+    if own is None and name not in BACKBONES:
         raise SwapRefusedError(
             Refusal.UNKNOWN_BACKBONE,
             f'The backbone {name or "without a type"} is not known here; these can be swapped: '
             f'{", ".join(BACKBONES)}.',
         )
-    channels, strides = BACKBONES[name](backbone)
+    channels, strides = _pvt(own.settings) if own else BACKBONES[name](backbone)
     stages = list(backbone.get('out_indices', range(backbone.get('num_stages', len(channels)))))
     if (
         len(channels) != len(TOTAL_STRIDES)
@@ -230,24 +240,113 @@ def old_levels(backbone: Mapping[str, Any]) -> list[Level]:
 # The new backbone
 
 
+class Own(NamedTuple):
+    """A PVT that a config has already, in the words of this package.
+
+    Attributes:
+        settings: Its type, arch and other arguments.
+        translated: Its arguments that have another name here.
+    """
+
+    settings: dict[str, Any]
+    translated: frozenset[str] = frozenset()
+
+
+#: mmdet's own PVTs. What they are built from must be as published, for PVT has no such arguments.
+_MMDET = {'PyramidVisionTransformer': 'PVT', 'PyramidVisionTransformerV2': 'PVTv2'}
+_MMDET_ARCH = ('embed_dims', 'num_layers', 'num_heads', 'mlp_ratios', 'sr_ratios')
+_MMDET_SAME = ('pretrain_img_size', 'in_channels', 'drop_rate', 'attn_drop_rate', 'drop_path_rate')
+_MMDET_FIXED = dict(
+    num_stages=4, strides=[4, 2, 2, 2], qkv_bias=True, act_cfg=dict(type='GELU'), norm_cfg='LN'
+)
+_MMDET_FIXED_V1 = dict(
+    patch_sizes=[4, 2, 2, 2],
+    paddings=[0, 0, 0, 0],
+    use_abs_pos_embed=True,
+    norm_after_stage=False,
+    use_conv_ffn=False,
+)
+
+
+def own_backbone(old: Mapping[str, Any]) -> Own | None:
+    """Return the PVT that a config has already, ours, mmdet's or the authors'; None without one.
+
+    Raises:
+        SwapRefusedError: Where mmdet's is not built as published.
+    """
+    name = type_name(old)
+    if name in ARCHS:
+        settings = {key: value for key, value in old.items() if key != '_scope_'}
+        return Own({**dict(type=name, arch=DEFAULT_ARCHS[name]), **settings, 'type': name})
+    if name not in _MMDET:
+        return _named_backbone(old)
+    fixed = {**_MMDET_FIXED, **(_MMDET_FIXED_V1 if _MMDET[name] == 'PVT' else {})}
+    for key, value in fixed.items():
+        found = old.get(key, value)
+        found = type_name(found) if key == 'norm_cfg' and isinstance(found, dict) else found
+        if (list(found) if isinstance(found, tuple) else found) != value:
+            raise SwapRefusedError(
+                Refusal.OTHER_PVT,
+                f'{name} with {key}={old[key]!r} is no PVT as published, so that its weights and '
+                f'widths cannot be kept; name a published arch instead, such as --arch '
+                f'{"small" if _MMDET[name] == "PVT" else "v2_b2"}.',
+            )
+    try:
+        arch = find_arch(_MMDET[name], {key: old[key] for key in _MMDET_ARCH if key in old})
+    except ValueError as error:
+        raise SwapRefusedError(Refusal.OTHER_PVT, f'{name}: {error}') from error
+    settings = dict(type=_MMDET[name], arch=arch, drop_path_rate=0.1)  # mmdet's default
+    settings.update({key: old[key] for key in _MMDET_SAME if key in old})
+    return _with_weights(settings, old, {*_MMDET_ARCH, *fixed, 'convert_weights'})
+
+
+def _named_backbone(old: Mapping[str, Any]) -> Own | None:
+    """Return the PVT of the authors' or timm's that a type such as ``pvt_v2_b2`` names."""
+    named = find_type(type_name(old)) or {}
+    if type_name(old) in BACKBONES or 'arch' not in named:
+        return None
+    settings = {**named, 'drop_path_rate': 0.1}  # the authors' default
+    settings.update({key: old[key] for key in _MMDET_SAME if key in old})
+    return _with_weights(settings, old, {'style'})
+
+
+def _with_weights(settings: dict[str, Any], old: Mapping[str, Any], others: set[str]) -> Own:
+    init_cfg = old.get('init_cfg')
+    if old.get('pretrained'):
+        init_cfg = dict(checkpoint=old['pretrained'])
+    if isinstance(init_cfg, dict):  # mmdet's needs no type
+        init_cfg = {'type': 'Pretrained', **init_cfg}
+    if init_cfg:
+        settings['init_cfg'] = init_cfg
+    return Own(settings, frozenset({*others, 'pretrained', 'init_cfg'}))
+
+
 def make_backbone(backbone: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[int, ...]]:
     """Complete the settings of a PVT, and return them with the channels of its four stages.
 
     A published arch gets the drop path rate and the weights of the bundled configs.
 
     Raises:
-        UserError: Where there is no such type or arch, or ``out_indices`` is given.
+        UserError: Where there is no such type, arch or argument, or ``out_indices`` is given.
     """
     settings = _plain(dict(backbone))
-    name = type_name(settings)
+    name = type_name(settings) or str(settings.get('type'))
     if name not in ARCHS:
-        raise UserError(f'There is no backbone {name!r} to swap in; choose one of PVT, PVTv2.')
+        write = ', '.join(f'{key}={value!r}' for key, value in (find_type(name) or {}).items())
+        raise UserError(
+            f'There is no backbone {name!r} to swap in; '
+            f'{f"write {write}" if write else "choose one of PVT, PVTv2"}.'
+        )
     if 'out_indices' in settings:
         raise UserError(
             'Leave out_indices out of the backbone: the levels that the neck and heads read stay.'
         )
+    known = argument_names(PVT if name == 'PVT' else PVTv2)
+    others = {key: value for key, value in settings.items() if key not in ('type', *known)}
+    if others:
+        refuse_arguments(name, others, known)
     settings['type'] = name
-    arch = settings.setdefault('arch', 'small' if name == 'PVT' else 'b2')
+    arch = settings.setdefault('arch', DEFAULT_ARCHS[name])
     try:
         dims = resolve_arch(arch, ARCHS[name])['dims']
     except ValueError as error:
@@ -259,11 +358,69 @@ def make_backbone(backbone: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[in
     return {**published, **settings}, tuple(dims)
 
 
-def _place(
-    backbone: Mapping[str, Any], old: Mapping[str, Any], levels: Sequence[Level]
-) -> dict[str, Any]:
+class Choice(NamedTuple):
+    """The backbone that takes the place of another.
+
+    Attributes:
+        settings: Its arguments, without the levels.
+        dims: Channels of its four stages.
+        own: The old one, if that is a PVT too.
+        same: Whether it is the old one's arch, so that the old weights fit.
+    """
+
+    settings: dict[str, Any]
+    dims: tuple[int, ...]
+    own: Own | None = None
+    same: bool = False
+
+
+def _choose(given: Mapping[str, Any] | None, old: Mapping[str, Any]) -> Choice:
+    """Return the backbone that is asked for, with the arguments that the old PVT shares with it.
+
+    Raises:
+        UserError: Where none is named and the old one is no PVT, or the named one does not exist.
+    """
+    if given is None:
+        own = own_backbone(old)
+        if own is None:
+            raise UserError(
+                f'{type_name(old)} is no PVT whose arch could be kept; name the one to swap in, '
+                "such as --arch v2_b2 (backbone=dict(type='PVTv2', arch='b2'))."
+            )
+        kind = own.settings['type']
+        return Choice(_shared(own, kind, True), _arch(own.settings)['dims'], own, True)
+    settings, dims = make_backbone(given)
+    try:
+        own = own_backbone(old)
+    except SwapRefusedError:
+        own = None  # it is replaced as any other backbone is
+    if own is None:
+        return Choice(settings, dims)
+    same = own.settings['type'] == settings['type'] and _arch(own.settings) == _arch(settings)
+    asked = {**_plain(dict(given)), 'type': settings['type']}
+    return Choice({**settings, **_shared(own, settings['type'], same), **asked}, dims, own, same)
+
+
+def _arch(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arch of a PVT with all its keys, as tuples."""
+    arch = resolve_arch(settings['arch'], ARCHS[settings['type']])
+    return {'linear': False} | {k: v if k == 'linear' else tuple(v) for k, v in arch.items()}
+
+
+def _shared(own: Own, kind: str, same: bool) -> dict[str, Any]:
+    """Return the arguments of a PVT that another of this kind takes too.
+
+    The weights and the drop path rate belong to the arch: they are shared only by the same one.
+    """
+    left_out = {'out_indices'} | (set() if same else {'arch', 'type', 'init_cfg', 'drop_path_rate'})
+    if kind == 'PVTv2' and own.settings['type'] == 'PVT':
+        left_out |= {'sr_mode', 'with_cls_token'}
+    return {key: value for key, value in own.settings.items() if key not in left_out}
+
+
+def _place(choice: Choice, old: Mapping[str, Any], levels: Sequence[Level]) -> dict[str, Any]:
     """Return the new backbone, with the old one's levels, image channels and checkpointing."""
-    new = copy.deepcopy(dict(backbone))
+    new = copy.deepcopy(choice.settings)
     stages = tuple(level.stage for level in levels)
     if stages != ALL_STAGES:
         new['out_indices'] = stages
@@ -271,7 +428,10 @@ def _place(
         new.setdefault('with_cp', True)
     if old.get('in_channels', 3) != 3:
         new.setdefault('in_channels', old['in_channels'])
-    if new.get('in_channels', 3) != 3 and new.get('init_cfg'):
+    weights = new.get('init_cfg')
+    if choice.own and choice.same and weights == choice.own.settings.get('init_cfg'):
+        return new
+    if new.get('in_channels', 3) != 3 and weights:
         # One channel takes the sum of the weights for red, green and blue; more repeat them.
         new.setdefault('adapt_in_channels', 'sum' if new['in_channels'] == 1 else 'repeat')
     return new
@@ -519,19 +679,26 @@ def _hosts(model: Any) -> Iterator[dict]:
 
 
 def _swap_host(
-    host: dict, backbone: Mapping[str, Any], dims: Sequence[int], allow_stride_change: bool
-) -> list[str]:
-    """Swap the backbone of one model in place, and return the changes."""
+    host: dict, backbone: Mapping[str, Any] | None, allow_stride_change: bool
+) -> tuple[bool, list[str]]:
+    """Swap the backbone of one model in place.
+
+    Returns:
+        Whether the arch is still the same, and the changes.
+    """
     before = copy.deepcopy(host)
+    _take_pretrained(host)
+    choice = _choose(backbone, host['backbone'])
     levels = old_levels(host['backbone'])
-    new = [Level(level.stage, dims[level.stage], TOTAL_STRIDES[level.stage]) for level in levels]
+    new = [Level(at.stage, choice.dims[at.stage], TOTAL_STRIDES[at.stage]) for at in levels]
     if (host.get('roi_head') or {}).get('shared_head'):
         raise SwapRefusedError(
             Refusal.SHARED_HEAD,
             'The RoI head runs the last stage of the ResNet (shared_head), which a PVT has not; '
             'take the config with an FPN.',
         )
-    host['backbone'] = _place(backbone, host['backbone'], levels)
+    old = host['backbone']
+    host['backbone'] = _place(choice, old, levels)
     seen = levels, new
     if host.get('neck'):
         neck = host['neck'][0] if isinstance(host['neck'], (list, tuple)) else host['neck']
@@ -549,30 +716,58 @@ def _swap_host(
             f'{", ".join(map(str, strides[1]))}: the features get coarser. Allow it with '
             'allow_stride_change=True (--allow-stride-change).',
         )
-    return [
-        *_describe_backbone(before['backbone'], host['backbone']),
+    return choice.same, [
+        *_describe_backbone(old, host['backbone'], choice),
         *([f'strides {strides[0]} became {strides[1]}'] if strides[0] != strides[1] else []),
-        *_drop_weights(host),
+        *([] if choice.same else _drop_weights(host)),
         *_differences(before, host),
     ]
 
 
-def _describe_backbone(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    size = next((f' {old[key]}' for key in ('depth', 'arch') if key in old), '')
-    kept = {'depth', 'arch', 'in_channels', 'num_stages', 'out_indices'}
-    dropped = ', '.join(sorted(set(old) - set(new) - kept))
-    arch = new['arch'] if isinstance(new['arch'], str) else 'of its own arch'
-    text = f'backbone: {type_name(old)}{size} became {new["type"]} {arch}'
+def _take_pretrained(host: dict) -> None:
+    """Give the weights that mmseg's ``pretrained`` names to a PVT itself, which may keep them."""
+    is_pvt = type_name(host['backbone']) in _MMDET or _named_backbone(host['backbone'])
+    if host.get('pretrained') and is_pvt:
+        host['backbone'].pop('init_cfg', None)
+        host['backbone']['pretrained'] = host.pop('pretrained')
+
+
+def _describe_backbone(old: Mapping[str, Any], new: Mapping[str, Any], choice: Choice) -> list[str]:
+    sizes = [old[key] for key in ('depth', 'arch') if isinstance(old.get(key), (int, str))]
+    size = f' {sizes[0]}' if sizes else ''
+    translated = choice.own.translated if choice.own else frozenset()
+    mapped = {'depth', 'arch', 'in_channels', 'num_stages', 'out_indices', '_scope_'}
+    dropped = ', '.join(sorted(set(old) - set(new) - mapped - translated))
+    name = new['arch'] if isinstance(new['arch'], str) else 'of its own arch'
+    text = f'backbone: {type_name(old)}{size} became {new["type"]} {name}'
     changes = [f'{text}, without {dropped}' if dropped else text]
-    rates = old.get('drop_path_rate'), new.get('drop_path_rate')
-    if rates[0] is not None and rates[0] != rates[1]:
-        changes.append(f'its drop_path_rate: {rates[0]} became {rates[1]}')
+    if choice.own and choice.same and translated:
+        arch, weights = _arch(new), choice.own.settings.get('init_cfg')
+        kept = f', and its weights, {_value(weights)}' if weights == new.get('init_cfg') else ''
+        changes.append(
+            f'its depths {_joined(arch["depths"])} and widths {_joined(arch["dims"])} stay'
+            f'{kept if weights else ""}'
+        )
+    theirs = {**old, **(choice.own.settings if choice.own else {})}
+    for key in sorted(set(theirs) & set(new) - {'type', 'arch', 'in_channels', 'out_indices'}):
+        if theirs[key] != new[key]:
+            changes.append(f'its {key}: {_value(theirs[key])} became {_value(new[key])}')
     if 'adapt_in_channels' in new and 'adapt_in_channels' not in old:
         changes.append(
             f'its weights for RGB are adapted to {new["in_channels"]} image channels '
             f'({new["adapt_in_channels"]})'
         )
     return changes
+
+
+def _joined(values: Sequence[int]) -> str:
+    return ', '.join(map(str, values))
+
+
+def _value(value: Any) -> str:
+    """Show a value; of weights, only the file."""
+    file = value.get('checkpoint') if isinstance(value, dict) else None
+    return str(file or value)
 
 
 def _drop_weights(host: dict) -> list[str]:
@@ -612,20 +807,25 @@ def _differences(before: Any, after: Any, path: str = '') -> list[str]:
 # Images
 
 
-def _set_normalisation(model: dict) -> list[str]:
-    """Normalise images as PVT's weights expect, and pad them to whole patches."""
+def _set_normalisation(model: dict, statistics: bool) -> list[str]:
+    """Normalise images as the published weights expect, and pad them to whole patches.
+
+    Args:
+        model: The model, or a config with a ``data_preprocessor`` at its top.
+        statistics: Set mean and std; those that were made for the weights that stay are kept.
+    """
     changes = []
     for node in iter_dicts(model):
         preprocessor = node.get('data_preprocessor')
         if isinstance(preprocessor, dict):
             before = copy.deepcopy(preprocessor)
-            _set_preprocessor(preprocessor)
+            _set_preprocessor(preprocessor, statistics)
             changes += _differences(before, preprocessor, 'data_preprocessor')
     return list(dict.fromkeys(changes))
 
 
-def _set_preprocessor(preprocessor: dict) -> None:
-    if len(preprocessor.get('mean') or ()) == 3:
+def _set_preprocessor(preprocessor: dict, statistics: bool) -> None:
+    if statistics and len(preprocessor.get('mean') or ()) == 3:
         preprocessor.update(copy.deepcopy(NORMALISATION))
         order = 'to_rgb' if 'to_rgb' in preprocessor else 'bgr_to_rgb'
         preprocessor[order] = True
@@ -691,7 +891,7 @@ def _import_package(cfg: dict) -> list[str]:
 
 def swap_backbone(
     cfg: str | Path | Config,
-    backbone: Mapping[str, Any],
+    backbone: Mapping[str, Any] | None = None,
     *,
     allow_stride_change: bool = False,
     keep_optimizer: bool = False,
@@ -702,7 +902,9 @@ def swap_backbone(
         cfg: A config, its file, or a name such as
             ``mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py``.
         backbone: ``type`` (``'PVT'`` or ``'PVTv2'``), ``arch`` and any of their other arguments. A
-            published arch gets its ImageNet weights unless ``init_cfg`` is given.
+            published arch gets its ImageNet weights unless ``init_cfg`` is given. In place of a
+            PVT, ours or mmdet's, it keeps the other arguments of that, and its weights where the
+            arch is the same. None keeps the arch too.
         allow_stride_change: Swap a dilated backbone too: its levels become coarser.
         keep_optimizer: Keep SGD and its learning rate; they are not replaced by AdamW.
 
@@ -718,7 +920,7 @@ def swap_backbone(
 
 def swap_with_changes(
     cfg: str | Path | Config,
-    backbone: Mapping[str, Any],
+    backbone: Mapping[str, Any] | None = None,
     *,
     allow_stride_change: bool = False,
     keep_optimizer: bool = False,
@@ -726,7 +928,9 @@ def swap_with_changes(
     """Do the same as ``swap_backbone``, and also return a sentence for each change."""
     if not isinstance(cfg, Config):
         cfg = read_config(cfg, import_custom_modules=False)
-    settings, dims = make_backbone(backbone)
+    refuse_old_config(cfg)
+    if backbone is not None:
+        make_backbone(backbone)  # a wrong one is told first
     plain = _plain(cfg.to_dict())
     model = plain.get('model')
     if not isinstance(model, dict):
@@ -740,19 +944,25 @@ def swap_with_changes(
             Refusal.NO_BACKBONE,
             f'The model {type_name(model)} has no part named backbone, so nothing can be swapped.',
         )
-    changes = []
+    changes: list[str] = []
+    same = True
     for host in hosts:
-        changes += _swap_host(host, settings, dims, allow_stride_change)
-    if all(host is not model for host in hosts):
+        is_same, said = _swap_host(host, backbone, allow_stride_change)
+        same, changes = same and is_same, changes + said
+    if not same and all(host is not model for host in hosts):
         changes += _drop_weights(model)
     if any('teacher_config' in host or 'teacher_backbone' in host for host in hosts):
         changes.append('the teacher keeps its backbone, whose trained weights it needs')
-    changes += _set_normalisation(model)
+    changes += _set_normalisation(model, statistics=not same)
     _update_variables(plain, parts)
+    if 'data_preprocessor' in plain and 'data_preprocessor' not in model:  # the Runner adds it
+        changes += _set_normalisation(
+            {'data_preprocessor': plain['data_preprocessor']}, statistics=not same
+        )
     if not keep_optimizer:
         changes += _set_optimizer(plain)
     changes += _import_package(plain)
-    if plain.get('load_from'):
+    if plain.get('load_from') and not same:
         plain['load_from'] = None
         changes.append('load_from: removed, weights of a model with the old backbone')
     return Swapped(Config(plain), list(dict.fromkeys(changes)))

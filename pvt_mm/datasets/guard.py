@@ -5,13 +5,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import io
 import logging
-import multiprocessing
+import multiprocessing.queues
 import os
-from collections.abc import Callable, Iterator
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -319,6 +323,84 @@ def guard_loading(runner: Runner, config: str, skip: bool = False) -> None:
                 f'python tools/analysis_tools/check_dataset.py {config} says what is wrong with it.'
             ) from error
         guard_pipeline(loader.dataset, skipped if dataloader == train else None, ignored)
+        guard_workers(loader)
         return loader
 
     runner.build_dataloader = guarded
+
+
+# Workers
+
+#: Below this size of /dev/shm, a batch of a few large images may not fit.
+SMALL_SHARED_MEMORY = 2**30
+_SHARED_MEMORY = Path('/dev/shm')
+
+
+def guard_workers(loader: Any) -> None:
+    """Have the workers of a DataLoader end where they cannot hand a batch over.
+
+    Python drops such a batch with a traceback, and PyTorch would wait for it for ever.
+    """
+    if loader.num_workers:
+        loader.worker_init_fn = functools.partial(_init_worker, loader.worker_init_fn)
+
+
+def _init_worker(init: Callable[[int], None] | None, worker: int) -> None:
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore
+    if init is not None:
+        init(worker)
+
+
+def _end_worker(error: Exception, batch: Any) -> None:
+    print(
+        f'A process that loads data cannot hand over a batch ({type(error).__name__}: {error}).',
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
+
+
+def worker_fault(error: BaseException, loaders: Sequence[str]) -> str | None:
+    """Say what to do where a process that loads data has ended; None where another error is.
+
+    Args:
+        error: What the training or test ended with.
+        loaders: The dataloaders of the config whose processes it may be.
+    """
+    full = getattr(error, 'errno', None) == errno.ENOSPC and _shared_memory(free=True) == 0
+    lost = isinstance(error, (EOFError, ConnectionError))  # the pipe of a worker
+    if not (full or lost or 'DataLoader worker' in str(error)):
+        return None
+    fewer = ' '.join(f'{loader}.num_workers=0' for loader in loaders)
+    what = 'a process that loads data exited unexpectedly, '
+    size = _shared_memory()
+    if size is not None and size < SMALL_SHARED_MEMORY:
+        return (
+            f'{what}and /dev/shm, by which it hands batches over, has only {size / 2**20:.3g} MiB; '
+            f'give it more (docker run --shm-size=8g), or --cfg-options {fewer}'
+        )
+    return f'{what}perhaps for lack of memory; take fewer of them: --cfg-options {fewer}'
+
+
+@contextlib.contextmanager
+def clear_worker_errors(loaders: Sequence[str]) -> Iterator[None]:
+    """Turn the error of a process that loads data into one sentence.
+
+    Raises:
+        UserError: Where one ended unexpectedly.
+    """
+    try:
+        yield
+    except (OSError, EOFError, RuntimeError) as error:
+        fault = worker_fault(error, loaders)
+        if fault is None:
+            raise
+        raise UserError(f'{fault[0].upper()}{fault[1:]}.') from error
+
+
+def _shared_memory(free: bool = False) -> int | None:
+    """Return the bytes of /dev/shm, or those that are free; None where there is none."""
+    if not _SHARED_MEMORY.is_dir():
+        return None
+    usage = shutil.disk_usage(_SHARED_MEMORY)
+    return usage.free if free else usage.total

@@ -78,7 +78,17 @@ def add_hook(cfg: Config, hook_type: str) -> None:
 
 
 def enable_amp(cfg: Config) -> None:
-    """Train in mixed precision; without CUDA, ``runtime.setup`` turns that into bf16."""
+    """Train in mixed precision; without CUDA, ``runtime.setup`` turns that into bf16.
+
+    Raises:
+        UserError: Where the config has an optimiser wrapper of another kind.
+    """
+    kind = cfg.optim_wrapper.get('type', 'OptimWrapper')
+    if str(kind).rpartition('.')[2].rstrip("'>") not in ('OptimWrapper', 'AmpOptimWrapper'):
+        raise UserError(
+            f'--amp sets optim_wrapper.type=AmpOptimWrapper, but the config has {kind}; leave out '
+            '--amp, or the type.'
+        )
     cfg.optim_wrapper.type = 'AmpOptimWrapper'
     cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
 
@@ -117,8 +127,18 @@ def add_tensorboard(cfg: Config) -> None:
 
 
 def show_predictions(cfg: Config, folder: str) -> None:
-    """Have the codebase's visualisation hook write pictures to a folder."""
+    """Have the codebase's visualisation hook write pictures to a folder.
+
+    Raises:
+        UserError: Where the config has no such hook.
+    """
     task = task_of(cfg, CODEBASES)
+    if not (cfg.get('default_hooks') or {}).get('visualization'):
+        hook = dict(mmdet='DetVisualizationHook', mmseg='SegVisualizationHook')
+        raise UserError(
+            '--show-dir needs the hook that draws: set default_hooks.visualization='
+            f"dict(type='{hook.get(task, 'VisualizationHook')}') in the config."
+        )
     if task == 'mmpretrain':
         cfg.default_hooks.visualization.update(enable=True, interval=1, out_dir=folder)
         return

@@ -19,6 +19,7 @@ from mmengine.logging import print_log
 from mmengine.runner.checkpoint import CheckpointLoader
 
 from pvt_mm.checkpoint.safe_load import read_checkpoint
+from pvt_mm.datasets.guard import worker_fault
 from pvt_mm.errors import DataError, UserError
 
 
@@ -175,15 +176,16 @@ def clear_errors(work_dir: str | Path) -> Iterator[None]:
     """
     try:
         yield
-    except (EOFError, ConnectionError) as error:  # the pipe of a worker that died
-        raise UserError(
-            f'The training in {work_dir} stopped: a process that loads data exited unexpectedly, '
-            'perhaps for lack of memory; go on with --resume and, by --cfg-options, a smaller '
-            'train_dataloader.num_workers.'
-        ) from error
     except DataError as error:
         raise UserError(f'{error} Mend that, {_next_step(work_dir)}.') from error
-    except OSError as error:
+    except (OSError, EOFError, RuntimeError) as error:
+        fault = worker_fault(error, ('train_dataloader', 'val_dataloader'))
+        if fault:
+            raise UserError(
+                f'The training in {work_dir} stopped: {fault}, {_next_step(work_dir)}.'
+            ) from error
+        if not isinstance(error, OSError):
+            raise
         raise UserError(
             f'The training in {work_dir} stopped ({_reason(error)}); '
             f'mend that, {_next_step(work_dir)}.'

@@ -10,14 +10,16 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.hooks import LoggerHook
 from mmengine.logging import print_log
+from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from pvt_mm.config import CODEBASES, task_of
+from pvt_mm.config import CODEBASES, LOADERS, old_keys, task_of
 from pvt_mm.datasets.consistency import check_classes, check_data
 from pvt_mm.datasets.guard import guard_loading
 from pvt_mm.datasets.ignore_index import ignored_label, match_ignored
 from pvt_mm.datasets.label_maps import check_files, check_labels, drop_unread_maps
 from pvt_mm.engine import resume, runtime
+from pvt_mm.engine.distributed import check_launcher
 from pvt_mm.engine.options import (
     add_checkpoint_hook,
     add_hook,
@@ -26,7 +28,7 @@ from pvt_mm.engine.options import (
     without_pretrained,
 )
 from pvt_mm.engine.training_summary import TrainingSummaryHook
-from pvt_mm.errors import naming_file
+from pvt_mm.errors import UserError, naming_file
 
 #: Log lines that a run should have at least.
 LINES = 10
@@ -50,7 +52,9 @@ def build_runner(cfg: Config, *, config: str, train: bool, skip_bad_images: bool
         UserError: Where data, classes or weights are missing or do not fit the config.
     """
     runtime.setup()  # the checks read files
+    check_launcher(cfg.get('launcher', 'none'))
     task_of(cfg, CODEBASES)
+    runner_type = runner_class(cfg)
     loaders = ('train_dataloader', 'val_dataloader') if train else ('test_dataloader',)
     drop_unread_maps(cfg, loaders)
     check_data(cfg, loaders)
@@ -59,6 +63,7 @@ def build_runner(cfg: Config, *, config: str, train: bool, skip_bad_images: bool
     match_ignored(cfg, config, loaders)
     check_checkpoint(cfg.get('load_from'))
     if train:
+        warn_of_old_keys(cfg)
         check_pretrained(cfg)
     elif cfg.get('load_from'):  # published weights need not be fetched
         without_pretrained(cfg)
@@ -70,8 +75,9 @@ def build_runner(cfg: Config, *, config: str, train: bool, skip_bad_images: bool
     else:
         cfg.resume = False
         runtime.setup(cfg)
+    fit_workers(cfg)
     with resume.clear_errors(cfg.work_dir) if train else contextlib.nullcontext():
-        runner = Runner.from_cfg(cfg)
+        runner = runner_type.from_cfg(cfg)
         name_loaded_file(runner)
         guard_loading(runner, config, skip_bad_images)
         if train:
@@ -82,6 +88,48 @@ def build_runner(cfg: Config, *, config: str, train: bool, skip_bad_images: bool
                 print_log(warning, logger='current', level=logging.WARNING)
         fit_log_interval(runner, runner.max_iters if train else len(runner.test_dataloader))
     return runner
+
+
+def warn_of_old_keys(cfg: Config) -> None:
+    """Warn of keys that an older generation read: here they change nothing."""
+    for key, new in old_keys(cfg).items():
+        print_log(
+            f'The config has {key}, which mmdet 2.x and mmseg 0.x read: it changes nothing here. '
+            f'Set {new}.',
+            logger='current',
+            level=logging.WARNING,
+        )
+
+
+def runner_class(cfg: Config) -> type[Runner]:
+    """Return the Runner that ``runner_type`` of a config names: mmengine's, or one made from it.
+
+    Raises:
+        UserError: Where it is another kind of Runner, which lacks what exact resume builds on.
+    """
+    name = cfg.get('runner_type') or 'Runner'
+    found = RUNNERS.get(name) if isinstance(name, str) else name
+    if isinstance(found, type) and issubclass(found, Runner) and not cfg.get('strategy'):
+        return found
+    given = [f'{key}={_short(cfg[key])}' for key in ('runner_type', 'strategy') if cfg.get(key)]
+    raise UserError(
+        f'The config has {" and ".join(given)}, which this tool does not run: resume, checks and '
+        "summary need mmengine's Runner. Leave it out (several GPUs: tools/dist_train.sh), or take "
+        f"{cfg.default_scope}'s own tools (mim train {cfg.default_scope} CONFIG)."
+    )
+
+
+def _short(value: Any) -> str:
+    return repr(value.get('type', value) if isinstance(value, dict) else value)
+
+
+def fit_workers(cfg: Config) -> None:
+    """Let ``num_workers=0`` alone turn workers off: PyTorch refuses what goes with them."""
+    for name in LOADERS:
+        loader = cfg.get(name)
+        if loader and not loader.get('num_workers'):
+            loader['persistent_workers'] = False
+            loader.pop('prefetch_factor', None)
 
 
 def name_loaded_file(runner: Any) -> None:

@@ -19,7 +19,7 @@ from mmengine.utils import digit_version
 from pvt_mm.checkpoint.loaders import register_safe_reading
 from pvt_mm.checkpoint.safe_load import read_checkpoint
 from pvt_mm.config import iter_dicts
-from pvt_mm.engine.distributed import launch_gloo, shutdown_distributed
+from pvt_mm.engine.distributed import check_launcher, launch_gloo, shutdown_distributed
 from pvt_mm.errors import UserError
 
 __all__ = ['UserError', 'read_checkpoint', 'setup', 'shutdown_distributed']
@@ -37,10 +37,12 @@ def setup(cfg: Config | None = None) -> None:
         cfg: The config that a Runner will be built from.
 
     Raises:
-        UserError: Where data may run code, or the launcher cannot start without CUDA.
+        UserError: Where data may run code, or the launcher has not started this process.
     """
     register_safe_reading()
     if cfg is not None:
+        if cfg.get('launcher', 'none') != 'none':
+            check_launcher(cfg.launcher)
         _refuse_unsafe_data(cfg._cfg_dict)
     if cfg is not None and not torch.cuda.is_available():
         _adapt_to_cpu(cfg)
@@ -84,8 +86,9 @@ def _refuse_pickled_array(root: str, name: str) -> None:
 
 def _adapt_to_cpu(cfg: Config) -> None:
     for node in iter_dicts(cfg._cfg_dict):
-        if node.get('type') in ('SyncBN', 'mmseg.SyncBN'):
+        if str(node.get('type')).rpartition('.')[2] in ('SyncBN', 'MMSyncBN'):
             node['type'] = 'BN'
+    cfg.pop('sync_bn', None)  # it would turn BN into SyncBN
     wrapper = cfg.get('optim_wrapper')
     if wrapper and wrapper.get('type') == 'AmpOptimWrapper':
         _compute_in_bf16(cfg)

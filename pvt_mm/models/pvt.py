@@ -9,6 +9,8 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from pvt_mm.archs import PVT_ARCHS, PVT_V2_ARCHS, resolve_arch
+from pvt_mm.errors import ArchError
+from pvt_mm.models.arguments import argument_names, check_numbers, refuse_arguments
 from pvt_mm.models.classification import ClassTokenStage
 from pvt_mm.models.layers import BLOCK_NORM_EPS, Block, Mlp, PatchEmbed, SpatialReductionAttention
 from pvt_mm.models.pyramid import PyramidBackbone, Stage, StageSpec, check_out_indices, stage_specs
@@ -47,6 +49,11 @@ class PVT(PyramidBackbone):
             state, normalised, in place of a map. Needs ``out_indices`` to hold 3.
         init_cfg: mmengine's initialisation, such as
             ``dict(type='Pretrained', checkpoint=PATH_OR_URL)``.
+        others: Arguments of other PVTs; they are refused with what to write instead.
+
+    Raises:
+        ArchError: Where a value does not fit.
+        ArgumentError: Where there is no such argument.
 
     Shape:
         x: (B, in_channels, H, W) -> tuple of (B, C_i, H_i, W_i), contiguous; H_i and W_i halve from
@@ -78,10 +85,20 @@ class PVT(PyramidBackbone):
         compute_dtype: str | None = None,
         with_cls_token: bool = False,
         init_cfg: dict | list[dict] | None = None,
+        **others: Any,
     ) -> None:
+        if others:
+            refuse_arguments('PVT', others, argument_names(PVT))
         settings = resolve_arch(arch, self.ARCHS)
+        check_numbers(
+            in_channels,
+            pretrain_img_size,
+            drop_rate=drop_rate,
+            attn_drop_rate=attn_drop_rate,
+            drop_path_rate=drop_path_rate,
+        )
         if sr_mode not in SR_MODES:
-            raise ValueError(f'There is no sr_mode {sr_mode!r}; choose one of {SR_MODES}.')
+            raise ArchError(f'There is no sr_mode {sr_mode!r}; choose one of {SR_MODES}.')
         out_indices = check_out_indices(out_indices)
         if with_cls_token:
             _check_cls_token(settings, out_indices)
@@ -101,7 +118,7 @@ class PVT(PyramidBackbone):
             patch_embed = PatchEmbed(spec.in_channels, spec.dim, spec.stride)
             sides = (patch_embed.grid_side(sides[0]), patch_embed.grid_side(sides[1]))
             if not all(sides):
-                raise ValueError(
+                raise ArchError(
                     f'pretrain_img_size={pretrain_img_size} leaves a stage without positions; '
                     'give at least 32 pixels a side.'
                 )
@@ -155,6 +172,11 @@ class PVTv2(PyramidBackbone):
             returns fp32 for a neck and heads that stay in fp32.
         init_cfg: mmengine's initialisation, such as
             ``dict(type='Pretrained', checkpoint=PATH_OR_URL)``.
+        others: Arguments of other PVTs; they are refused with what to write instead.
+
+    Raises:
+        ArchError: Where a value does not fit.
+        ArgumentError: Where there is no such argument.
 
     Shape:
         x: (B, in_channels, H, W) -> tuple of (B, C_i, H_i, W_i), contiguous; H_i and W_i halve from
@@ -186,10 +208,20 @@ class PVTv2(PyramidBackbone):
         adapt_in_channels: str | None = None,
         compute_dtype: str | None = None,
         init_cfg: dict | list[dict] | None = None,
+        **others: Any,
     ) -> None:
+        if others:
+            refuse_arguments('PVTv2', others, argument_names(PVTv2))
         settings = resolve_arch(arch, self.ARCHS)
+        check_numbers(
+            in_channels,
+            pretrain_img_size,
+            drop_rate=drop_rate,
+            attn_drop_rate=attn_drop_rate,
+            drop_path_rate=drop_path_rate,
+        )
         if sr_mode != 'conv':
-            raise ValueError(
+            raise ArchError(
                 f"PVTv2 knows only sr_mode='conv', not {sr_mode!r}: pooled reduction is PVT's, and "
                 "v2's own pooled form is linear attention (arch='b2_li', or linear=True)."
             )
@@ -229,9 +261,9 @@ class PVTv2(PyramidBackbone):
 
 def _check_cls_token(arch: Mapping[str, Any], out_indices: tuple[int, ...]) -> None:
     if out_indices[-1] != 3:
-        raise ValueError(f'with_cls_token needs the last stage, but out_indices={out_indices}.')
+        raise ArchError(f'with_cls_token needs the last stage, but out_indices={out_indices}.')
     if arch['sr_ratios'][3] != 1:
-        raise ValueError(
+        raise ArchError(
             f'with_cls_token needs a last sr_ratio of 1, not {arch["sr_ratios"][3]}: a class token '
             'has no place in a grid that shrinks.'
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 from pvt_mm.archs import STRIDES
 from pvt_mm.checkpoint.convert import resize_grid
 from pvt_mm.checkpoint.load import CHANNEL_MODES, load_into_backbone
+from pvt_mm.errors import ArchError
+from pvt_mm.models.arguments import check_init_cfg
 from pvt_mm.models.context import is_autocast, is_tracing
 from pvt_mm.models.layers import Block, PatchEmbed, add_position, init_parameters
 
@@ -155,19 +157,20 @@ class PyramidBackbone(BaseModule):
         compute_dtype: str | None = None,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
+        check_init_cfg(init_cfg)
         super().__init__(init_cfg)
         if compute_dtype not in (None, *COMPUTE_DTYPES):
-            raise ValueError(
+            raise ArchError(
                 f'There is no compute_dtype={compute_dtype!r}; choose one of {COMPUTE_DTYPES}, or '
                 'None to compute as the weights are.'
             )
         if adapt_in_channels not in (None, *CHANNEL_MODES):
-            raise ValueError(
+            raise ArchError(
                 f'There is no adapt_in_channels={adapt_in_channels!r}; choose one of '
                 f'{CHANNEL_MODES}, or None to refuse weights for other image channels.'
             )
-        if not -1 <= frozen_stages <= len(stages):
-            raise ValueError(
+        if not isinstance(frozen_stages, int) or not -1 <= frozen_stages <= len(stages):
+            raise ArchError(
                 f'frozen_stages={frozen_stages} does not fit: {len(stages)} stages are built, '
                 f'so give -1 (freeze none) to {len(stages)} (freeze all).'
             )
@@ -317,13 +320,16 @@ def check_out_indices(out_indices: Sequence[int]) -> tuple[int, ...]:
     """Return the stages asked for as a tuple.
 
     Raises:
-        ValueError: Where there is none, one does not exist, or they do not ascend.
+        ArchError: Where there is none, one does not exist, or they do not ascend.
     """
+    if isinstance(out_indices, (int, str)) or not isinstance(out_indices, Iterable):
+        raise ArchError(f'out_indices={out_indices!r} must be a tuple of stages, such as (0, 3).')
     indices = tuple(out_indices)
-    if not indices or not set(indices) <= set(range(len(STRIDES))):
-        raise ValueError(f'out_indices={indices} must name stages 0 to {len(STRIDES) - 1}.')
+    whole = all(isinstance(index, int) and not isinstance(index, bool) for index in indices)
+    if not indices or not whole or not set(indices) <= set(range(len(STRIDES))):
+        raise ArchError(f'out_indices={indices} must name stages 0 to {len(STRIDES) - 1}.')
     if list(indices) != sorted(set(indices)):
-        raise ValueError(f'out_indices={indices} must ascend, each stage once.')
+        raise ArchError(f'out_indices={indices} must ascend, each stage once.')
     return indices
 
 

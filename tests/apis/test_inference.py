@@ -1,10 +1,11 @@
-"""Which images tools/infer.py takes, and what it says of those that it cannot read."""
+"""Which images inference takes, what it says of others, and which configs Predictor takes."""
 
 import cv2
 import numpy as np
 import pytest
 
-from pvt_mm.apis.inference import find_images, read_pixels
+from pvt_mm.apis.inference import Predictor, find_images, read_pixels
+from pvt_mm.config import load_config
 from pvt_mm.errors import UserError
 
 
@@ -58,3 +59,19 @@ def test_why_a_file_cannot_be_read(content, says, tmp_path):
     (tmp_path / 'a.jpg').write_bytes(content)
     with pytest.raises(UserError, match=f'a.jpg is no image that OpenCV can read: .*{says}'):
         read_pixels(tmp_path / 'a.jpg')
+
+
+def test_the_config_may_be_of_a_distributed_training_with_its_preprocessor_beside(
+    trained, demo_data
+):
+    """Inference is one process, and normalises images as the training did."""
+    first = trained('det')
+    image = sorted((demo_data / 'coco/val2017').iterdir())[0]
+    plain, dumped = (load_config(str(first.config)) for _ in range(2))
+    dumped.launcher = 'pytorch'
+    dumped.data_preprocessor = dumped.model.pop('data_preprocessor')
+    expected, result = (
+        Predictor(cfg, str(first.checkpoint), 'cpu')(image).pred_instances
+        for cfg in (plain, dumped)
+    )
+    assert len(expected) > 0 and result.scores.tolist() == expected.scores.tolist()

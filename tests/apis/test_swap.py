@@ -8,6 +8,7 @@ import re
 import mmdet.models.necks
 import mmengine.dataset
 import pytest
+import torch
 from conftest import load_tool
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -318,6 +319,16 @@ def test_image_channels_stay(channels, mode):
     assert 'adapt_in_channels' not in after.model.backbone
 
 
+def test_new_weights_of_the_same_arch_are_adapted_too():
+    """A PVT without weights for four channels gets the published ones, which are for RGB."""
+    cfg = copy.deepcopy(swapped(RETINA).cfg)
+    cfg.model.backbone.update(init_cfg=None, in_channels=4)
+    assert 'adapt_in_channels' not in pvt_mm.swap_backbone(cfg).model.backbone
+    init_cfg = dict(type='Pretrained', checkpoint='x')
+    after = pvt_mm.swap_backbone(cfg, dict(SMALL, init_cfg=init_cfg))
+    assert after.model.backbone.adapt_in_channels == 'repeat'
+
+
 def test_checkpointing_stays():
     """`with_cp` means the same to every backbone; a drop path rate belongs to an arch."""
     cfg = copy.deepcopy(original('mmdet::dino/dino-5scale_swin-l_8xb2-12e_coco.py'))
@@ -335,6 +346,185 @@ def test_swap_again():
     assert twice.to_dict() == once.to_dict()
     assert not [change for change in changes if not change.startswith('backbone:')]
     assert swap.swap_with_changes(once, B0).cfg.model.neck.in_channels == [32, 64, 160, 256]
+
+
+# From a PVT: what both have is kept
+
+THEIRS = {
+    'mmdet::pvt/retinanet_pvt-t_fpn_1x_coco.py': dict(type='PVT', arch='tiny'),
+    'mmdet::pvt/retinanet_pvt-s_fpn_1x_coco.py': dict(type='PVT', arch='small'),
+    'mmdet::pvt/retinanet_pvt-m_fpn_1x_coco.py': dict(type='PVT', arch='medium'),
+    'mmdet::pvt/retinanet_pvt-l_fpn_1x_coco.py': dict(type='PVT', arch='large'),
+    **{
+        f'mmdet::pvt/retinanet_pvtv2-b{i}_fpn_1x_coco.py': dict(type='PVTv2', arch=f'b{i}')
+        for i in range(6)
+    },
+}
+
+
+@pytest.mark.parametrize('name', THEIRS)
+def test_a_config_moves_from_mmdets_own_pvt(name):
+    """Without a backbone, arch, weights and drop path rate stay, and the changes say so."""
+    old = original(name).model.backbone
+    cfg, changes = swapped(name, None)
+    weights = old.init_cfg.checkpoint
+    assert cfg.model.backbone == dict(
+        **THEIRS[name],
+        drop_path_rate=0.1,  # mmdet's default, which its configs do not name
+        init_cfg=dict(type='Pretrained', checkpoint=weights),
+    )
+    assert cfg.model.neck == original(name).model.neck
+    depths = ', '.join(map(str, old.num_layers))
+    (stays,) = [change for change in changes if change.endswith(f'its weights, {weights}')]
+    assert stays.startswith(f'its depths {depths} and widths ')
+    assert 'data_preprocessor' not in ''.join(changes), 'its weights expect these statistics'
+    assert swapped(name, THEIRS[name]).cfg.model.backbone == cfg.model.backbone
+    cfg, changes = swapped(name, dict(THEIRS[name], init_cfg=None))
+    assert cfg.model.backbone.init_cfg is None and f'its init_cfg: {weights} became None' in changes
+    assert not [change for change in changes if 'stay' in change and weights in change]
+
+
+def test_what_is_set_in_mmdets_own_pvt_stays():
+    """An own arch, levels, image channels, rates, statistics, weights of the backbone and all."""
+    cfg = copy.deepcopy(original('mmdet::pvt/retinanet_pvt-t_fpn_1x_coco.py'))
+    cfg.load_from = 'trained.pth'
+    cfg.model.backbone.update(
+        num_layers=[1, 2, 3, 1], in_channels=4, with_cp=True, drop_path_rate=0.3, drop_rate=0.2
+    )
+    cfg.model.data_preprocessor.update(mean=[1.0] * 4, std=[2.0] * 4)
+    after = pvt_mm.swap_backbone(cfg)
+    backbone = after.model.backbone
+    assert backbone.arch == {**swap.ARCHS['PVT']['tiny'], 'depths': (1, 2, 3, 1)}
+    assert (backbone.in_channels, backbone.with_cp) == (4, True)
+    assert (backbone.drop_path_rate, backbone.drop_rate) == (0.3, 0.2)
+    assert 'adapt_in_channels' not in backbone, 'the weights are of four channels'
+    assert after.model.data_preprocessor.mean == [1.0] * 4
+    assert after.load_from == 'trained.pth'
+
+
+def test_weights_of_mmdets_own_pvt_fit_what_it_becomes():
+    """All weights of a whole model load into the moved config's, which gives the same maps."""
+    cfg = copy.deepcopy(original('mmdet::pvt/retinanet_pvtv2-b0_fpn_1x_coco.py'))
+    cfg.model.backbone.update(num_layers=[1, 1, 1, 1], embed_dims=8)
+    cfg.model.neck.in_channels = [8, 16, 40, 64]
+    theirs, ours = build('mmdet', cfg.model), build('mmdet', pvt_mm.swap_backbone(cfg).model)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    image = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for own, their in zip(ours.eval().backbone(image), theirs.eval().backbone(image)):
+            torch.testing.assert_close(own, their, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ('name', 'own'),
+    [
+        ('pvt_v2_b2_li', dict(type='PVTv2', arch='b2_li')),
+        ('pvt_small', dict(type='PVT', arch='small')),
+    ],
+)
+def test_a_config_moves_from_the_authors_pvt(name, own):
+    """Their classes are known by name; mmseg's models hold the weights beside the backbone."""
+    model = dict(
+        type='EncoderDecoder',
+        pretrained='pvt.pth',
+        backbone=dict(type=name, style='pytorch'),
+        neck=dict(type='FPN', in_channels=[64, 128, 320, 512], out_channels=256),
+        decode_head=dict(type='FPNHead', in_channels=[256] * 4),
+    )
+    for backbone in (None, own):
+        cfg, changes = swap.swap_with_changes(Config(dict(model=model)), backbone)
+        weights = dict(type='Pretrained', checkpoint='pvt.pth')
+        assert cfg.model.backbone == dict(own, drop_path_rate=0.1, init_cfg=weights)
+        assert 'pretrained' not in cfg.model
+        assert changes[1].endswith('widths 64, 128, 320, 512 stay, and its weights, pvt.pth')
+    with pytest.raises(SwapRefusedError, match='The backbone pvt_huge is not known here'):
+        model['backbone']['type'] = 'pvt_huge'
+        swap.swap_with_changes(Config(dict(model=model)), own)
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        dict(qkv_bias=False),
+        dict(use_abs_pos_embed=False),
+        dict(norm_cfg=dict(type='BN')),
+        dict(strides=[4, 2, 2, 1]),
+        dict(num_heads=[3, 2, 5, 8], embed_dims=[64, 128, 320, 512]),
+    ],
+)
+def test_a_pvt_that_is_not_the_published_one_is_not_kept(change):
+    """Its weights would not fit; a published arch can take its place."""
+    cfg = copy.deepcopy(original('mmdet::pvt/retinanet_pvt-s_fpn_1x_coco.py'))
+    cfg.model.backbone.update(change)
+    with pytest.raises(SwapRefusedError) as caught:
+        pvt_mm.swap_backbone(cfg)
+    assert caught.value.reason is Refusal.OTHER_PVT
+    if 'embed_dims' not in change and change.get('strides') is None:
+        assert pvt_mm.swap_backbone(cfg, B0).model.backbone.arch == 'b0'
+
+
+def test_own_weights_stay_with_the_same_arch_and_are_named_with_another():
+    """Of PVT to PVT; so do the weights of the whole model."""
+    cfg = copy.deepcopy(swapped(RETINA).cfg)
+    own = dict(type='Pretrained', checkpoint='own.pth')
+    cfg.model.backbone.update(init_cfg=own, frozen_stages=2, sr_mode='avg')
+    cfg.load_from = 'trained.pth'
+    for backbone in (SMALL, None, dict(SMALL, drop_path_rate=0.2)):
+        after, changes = swap.swap_with_changes(cfg, backbone)
+        assert after.model.backbone.init_cfg == own and after.load_from == 'trained.pth'
+        assert (after.model.backbone.frozen_stages, after.model.backbone.sr_mode) == (2, 'avg')
+    assert 'its drop_path_rate: 0.1 became 0.2' in changes
+    after, changes = swap.swap_with_changes(cfg, B0)
+    assert after.model.backbone.frozen_stages == 2 and after.load_from is None
+    published = after.model.backbone.init_cfg.checkpoint
+    assert f'its init_cfg: own.pth became {published}' in changes
+    assert changes[0] == 'backbone: PVT small became PVTv2 b0, without sr_mode'
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(('PVT', 'PVTv2', 'PyramidVisionTransformer', 'SwinTransformer', 'ResNet')),
+    backbone=st.sampled_from((SMALL, B0, None)),
+    data=st.data(),
+)
+def test_nothing_of_the_old_backbone_goes_unsaid(name, backbone, data):
+    """Whatever the old one has set is kept, or the changes name it."""
+    values = dict(
+        drop_rate=0.25,
+        attn_drop_rate=0.125,
+        drop_path_rate=0.375,
+        frozen_stages=1,
+        with_cp=True,
+        pretrain_img_size=384,
+        init_cfg=dict(type='Pretrained', checkpoint='own.pth'),
+        compute_dtype='bfloat16',
+        allow_partial=True,
+    )
+    ours = ('compute_dtype', 'allow_partial', 'frozen_stages', 'with_cp')
+    keys = data.draw(st.sets(st.sampled_from([*values])))
+    if name == 'PyramidVisionTransformer':
+        keys -= {*ours}
+    if name == 'ResNet':
+        keys &= {'frozen_stages', 'with_cp', 'init_cfg'}
+    old = {key: values[key] for key in keys}
+    model = dict(type='EncoderDecoder', backbone=dict(type=name, **old))
+    if backbone is None and name in ('SwinTransformer', 'ResNet'):
+        with pytest.raises(UserError, match='is no PVT whose arch could be kept'):
+            swap.swap_with_changes(Config(dict(model=model)))
+        return
+    after, changes = swap.swap_with_changes(Config(dict(model=model)), backbone)
+    text = ' '.join(changes)
+    for key, value in old.items():
+        assert after.model.backbone.get(key) == value or key in text
+
+
+def test_a_preprocessor_beside_the_model_is_set_too():
+    """mmengine's Runner gives it to the model."""
+    cfg = copy.deepcopy(original('mmdet::cascade_rcnn/cascade-mask-rcnn_r50-caffe_fpn_1x_coco.py'))
+    cfg.data_preprocessor = cfg.model.pop('data_preprocessor')
+    after = pvt_mm.swap_backbone(cfg, SMALL)
+    assert after.data_preprocessor.mean == [123.675, 116.28, 103.53]
+    assert after.data_preprocessor.bgr_to_rgb and after.data_preprocessor.pad_size_divisor == 32
 
 
 # Dilated backbones
@@ -467,6 +657,9 @@ def test_groups_that_do_not_divide_a_level():
         (dict(type='PVT', arch='huge'), 'choose one of tiny, small, medium, large'),
         (dict(type='PVTv2', arch='b9'), 'b0, b1, b2, b2_li, b3, b4, b5'),
         (dict(type='Swin'), 'choose one of PVT, PVTv2'),
+        (dict(type='pvt_v2_b2'), "write type='PVTv2', arch='b2'"),
+        (dict(type='PVT', num_layers=[2, 2, 2, 2]), "write arch='tiny' for num_layers"),
+        (None, 'ResNet is no PVT whose arch could be kept; name the one to swap in'),
         (dict(type='PVT', out_indices=(3,)), 'Leave out_indices out'),
     ],
 )
@@ -561,11 +754,20 @@ def test_tool(tmp_path, run_tool, capsys):
     assert '- decode_head.in_channels: 2048 became 256' in capsys.readouterr().out
 
 
+def test_tool_moves_a_config_from_mmdets_own_pvt(tmp_path, run_tool, capsys):
+    """Without --arch; the list of changes says what stays."""
+    run_tool('swap_backbone', 'mmdet::pvt/retinanet_pvtv2-b0_fpn_1x_coco.py', '-o', 'own.py')
+    cfg = Config.fromfile(tmp_path / 'own.py')
+    assert (cfg.model.backbone.type, cfg.model.backbone.arch) == ('PVTv2', 'b0')
+    assert '- its depths 2, 2, 2, 2 and widths 32, 64, 160, 256 stay' in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
         ((FASTER, '--arch', 'v2_b9', '-o', 'own.py'), 'choose one of tiny, small'),
         ((FASTER, '--arch', 'tiny', '-o', 'no/folder/own.py'), 'in a folder that exists'),
+        ((FASTER, '-o', 'own.py'), 'such as --arch v2_b2'),
         ((DILATED, '--arch', 'tiny', '-o', 'own.py'), 'the features get coarser'),
     ],
 )

@@ -1,13 +1,19 @@
 """build_runner: one call gives a script what the tools do, in training and in testing."""
 
+from unittest import mock
+
 import pytest
 import torch
 from conftest import forget_runs, losses
+from mmengine.config import Config
+from mmengine.optim import OptimWrapper
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
 from mmengine.utils import ManagerMixin
 
 from pvt_mm.config import load_config
 from pvt_mm.engine import build_runner
-from pvt_mm.engine.options import enable_tta
+from pvt_mm.engine.options import enable_amp, enable_tta, show_predictions
 from pvt_mm.errors import DataError, UserError
 
 
@@ -82,6 +88,74 @@ def test_what_does_not_fit_is_told_before_a_runner_is_built(trained, script, tmp
         with pytest.raises(UserError, match=message):
             build_runner(script(first, **{key: value}), config='x.py', train=True)
     assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (
+            dict(runner_type='FlexibleRunner', strategy=dict(type='FSDPStrategy')),
+            "has runner_type='FlexibleRunner' and strategy='FSDPStrategy', which this tool",
+        ),
+        (dict(runner_type='FlexibleRunner'), "has runner_type='FlexibleRunner', which"),
+        (dict(strategy=dict(type='DDPStrategy')), "has strategy='DDPStrategy', which"),
+        (dict(runner_type='OwnRunner'), "has runner_type='OwnRunner', which"),
+        (dict(launcher='pytorch'), '--launcher pytorch needs RANK'),
+    ],
+)
+@pytest.mark.parametrize('train', [True, False])
+def test_another_runner_is_refused(change, message, train, trained, script, tmp_path):
+    """It would be left out without a word: exact resume builds on mmengine's Runner."""
+    with pytest.raises(UserError, match=message):
+        build_runner(script(trained('det'), **change), config='x.py', train=train)
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_runner_of_ones_own_is_taken(trained, script):
+    """What is made from mmengine's Runner has all that is built upon."""
+
+    class OwnRunner(Runner):
+        pass
+
+    cfg = script(trained('det'))
+    for name in ('OwnRunner', 'Runner'):
+        with mock.patch.dict(RUNNERS.module_dict, OwnRunner=OwnRunner):
+            cfg.runner_type = name
+            forget_runs(ManagerMixin)
+            runner = build_runner(cfg, config='x.py', train=True)
+        assert type(runner).__name__ == name
+
+
+def test_mixed_precision_replaces_no_other_wrapper():
+    """--amp would drop what another wrapper does."""
+    for kind in (None, 'OptimWrapper', 'AmpOptimWrapper', 'mmengine.OptimWrapper', OptimWrapper):
+        cfg = Config(dict(optim_wrapper=dict(type=kind) if kind else {}))
+        enable_amp(cfg)
+        assert cfg.optim_wrapper.type == 'AmpOptimWrapper'
+    with pytest.raises(UserError, match='but the config has ApexOptimWrapper'):
+        enable_amp(Config(dict(optim_wrapper=dict(type='ApexOptimWrapper'))))
+
+
+@pytest.mark.parametrize('name', ['train', 'test'])
+def test_a_lost_worker_is_one_sentence_in_every_tool(name, trained, failing, monkeypatch, tmp_path):
+    """Each names the dataloaders that it reads."""
+
+    def lose(runner):
+        raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed.')
+
+    monkeypatch.setattr(Runner, name, lose)
+    first = trained('det')
+    checkpoint = [first.checkpoint] if name == 'test' else []
+    message = failing(name, first.config, *checkpoint, *first.data, '--work-dir', tmp_path / 'run')
+    assert 'a process that loads data exited unexpectedly' in message.replace(': A', ': a')
+    assert f'{name}_dataloader.num_workers=0' in message
+
+
+def test_pictures_need_the_hook_that_draws():
+    """A config without it is told which one."""
+    for hooks in ({}, dict(default_hooks=None), dict(default_hooks=dict(visualization=None))):
+        with pytest.raises(UserError, match="visualization=dict.type='SegVisualizationHook'"):
+            show_predictions(Config(dict(default_scope='mmseg', **hooks)), 'pictures')
 
 
 def test_classes_are_named_without_the_wrapper_of_test_time_augmentation(trained, script):

@@ -1,5 +1,6 @@
 """What is mended around mmengine: safe reading, bf16 on a CPU, configs without CUDA."""
 
+import datetime
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from pvt_mm.checkpoint import safe_load
 from pvt_mm.checkpoint.safe_load import read_checkpoint
 from pvt_mm.config import datasets, set_data_root, task_of
 from pvt_mm.engine import runtime
+from pvt_mm.engine.distributed import check_launcher
 from pvt_mm.errors import UserError
 
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason='there is CUDA')
@@ -110,6 +112,111 @@ def test_mixed_precision_needs_a_pvt():
     cfg = Config(dict(model=dict(type='ResNet'), optim_wrapper=dict(type='AmpOptimWrapper')))
     with pytest.raises(UserError, match='this config has none'):
         runtime.setup(cfg)
+
+
+# Launchers
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Set what torchrun sets, for one process; a variable of None is missing."""
+
+    def environment(**changes):
+        alone = dict(RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1', MASTER_PORT='29500')
+        for name, value in {**alone, **changes}.items():
+            monkeypatch.delenv(name, raising=False)
+            if value is not None:
+                monkeypatch.setenv(name, value)
+
+    return environment
+
+
+@pytest.mark.parametrize('name', ['RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'])
+def test_a_launcher_that_has_not_started_this_process_is_refused(name, launched):
+    """mmengine would end in a traceback about the variable."""
+    launched(**{name: None})
+    with pytest.raises(UserError, match=f'--launcher pytorch needs {name} in the environment'):
+        runtime.setup(Config(dict(launcher='pytorch')))
+
+
+@no_cuda
+@pytest.mark.parametrize('launcher', ['slurm', 'mpi'])
+def test_other_launchers_need_cuda(launcher):
+    with pytest.raises(UserError, match=f'--launcher {launcher} needs CUDA'):
+        runtime.setup(Config(dict(launcher=launcher)))
+
+
+@pytest.mark.parametrize('launcher', ['slurm', 'mpi'])
+def test_other_launchers_are_asked_for_with_cuda(launcher, monkeypatch):
+    """Each has its own variables, and its own way to start."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    with pytest.raises(UserError, match=f'--launcher {launcher} needs (SLURM|OMPI)_'):
+        check_launcher(launcher)
+
+
+def test_processes_that_would_each_train_alone_are_refused(launched, monkeypatch):
+    """torchrun without --launcher: each process would write the same work dir."""
+    launched(TORCHELASTIC_RUN_ID='none', WORLD_SIZE='2')
+    with pytest.raises(UserError, match='started 2 processes, but each would run alone; add'):
+        check_launcher('none')
+    launched(TORCHELASTIC_RUN_ID='none')
+    check_launcher('none')
+    launched(TORCHELASTIC_RUN_ID=None, WORLD_SIZE='2')  # a cluster's variable
+    check_launcher('none')
+
+
+@pytest.fixture
+def gloo(monkeypatch):
+    """Note what a process group is started with, and start none."""
+    started = []
+    monkeypatch.setattr(
+        torch.distributed, 'init_process_group', lambda *args, **more: started.append((args, more))
+    )
+    return started
+
+
+@no_cuda
+def test_what_a_config_says_of_its_processes_is_obeyed(launched, gloo):
+    """Its wrapper's arguments and timeout; only devices and SyncBN are the GPU's."""
+    launched()
+    cfg = Config(
+        dict(
+            launcher='pytorch',
+            model_wrapper_cfg=dict(type='MMDistributedDataParallel', static_graph=True),
+            find_unused_parameters=True,
+            sync_bn='torch',
+            model=dict(norm_cfg=[dict(type='MMSyncBN'), dict(type='SyncBN')]),
+            env_cfg=dict(dist_cfg=dict(backend='nccl', timeout=90)),
+        )
+    )
+    runtime.setup(cfg)
+    assert cfg.model_wrapper_cfg == dict(
+        type='MMDistributedDataParallel',
+        static_graph=True,
+        broadcast_buffers=False,
+        find_unused_parameters=True,
+        device_ids=None,
+    )
+    assert [norm.type for norm in cfg.model.norm_cfg] == ['BN', 'BN'] and 'sync_bn' not in cfg
+    assert gloo == [(('gloo',), dict(timeout=datetime.timedelta(seconds=90)))]
+
+
+@no_cuda
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (
+            dict(model_wrapper_cfg=dict(type='MMFullyShardedDataParallel')),
+            'type=MMFullyShardedDataParallel needs CUDA; leave model_wrapper_cfg out',
+        ),
+        (dict(env_cfg=dict(dist_cfg=dict(timeout='1h'))), "timeout='1h' must be a number"),
+    ],
+)
+def test_what_cannot_be_obeyed_is_refused(change, message, launched, gloo):
+    launched()
+    with pytest.raises(UserError, match=message):
+        runtime.setup(Config(dict(launcher='pytorch', **change)))
+    assert not gloo
 
 
 # Configs

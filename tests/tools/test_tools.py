@@ -294,3 +294,38 @@ def test_an_unknown_arch_lists_those_that_exist(failing, small_config, demo_data
     extra = 'model["backbone"]["arch"] = "smal"'
     message = failing('train', small_config('det', extra), '--data-root', demo_data / 'coco')
     assert message == ("error: There is no arch 'smal'; choose one of tiny, small, medium, large.")
+
+
+@pytest.mark.parametrize(
+    ('name', 'package', 'says'),
+    [
+        ('pvt_v2_b2', 'mmdet', "mmdet has no pvt_v2_b2; write type='PVTv2', arch='b2'"),
+        ('pvt_tiny', 'mmseg', "mmseg has no pvt_tiny; write type='PVT', arch='tiny'"),
+        ('PvtV2Model', 'mmpretrain', "mmpretrain has no PvtV2Model; write type='PVTv2'"),
+    ],
+)
+def test_a_type_of_another_pvt_is_translated(name, package, says, capsys):
+    """The authors', timm's and Hugging Face's names, in whichever codebase."""
+
+    @main_errors
+    def main():
+        raise KeyError(f'{name} is not in the {package}::model registry. Please check ...')
+
+    with pytest.raises(SystemExit):
+        main()
+    assert f'error: {says}' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ('extra', 'says'),
+    [
+        ('["embed_dims"] = 32', 'PVT has no embed_dims: write arch='),
+        ('["depth"] = 50', 'PVT has no depth: these are left from the ResNet of a base config'),
+        ('["init_cfg"] = dict(checkpoint="x.pth")', "(type='Pretrained', checkpoint='x.pth')"),
+        ('["out_indices"] = 3', 'out_indices=3 must be a tuple'),
+    ],
+)
+def test_arguments_of_another_pvt_are_one_sentence(extra, says, failing, small_config, demo_data):
+    """In training as anywhere: the constructor itself says it."""
+    config = small_config('det', f'model["backbone"]{extra}')
+    assert says in failing('train', config, '--data-root', demo_data / 'coco')
