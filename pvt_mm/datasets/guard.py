@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import io
 import logging
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,14 @@ from mmengine import fileio
 from mmengine.logging import print_log
 from mmengine.runner import Runner
 
+from pvt_mm.config import LOADERS
+from pvt_mm.datasets.coco_readers import (
+    census_of,
+    check_learnt,
+    checked_files,
+    metrics_of,
+    supply,
+)
 from pvt_mm.errors import DataError, UserError
 
 #: mmseg's label of a pixel that belongs to no class.
@@ -109,7 +118,7 @@ def file_problem(path: str, backend_args: dict | None = None) -> tuple[str, str]
     try:
         content = fileio.get(path, backend_args=backend_args)
     except FileNotFoundError:
-        return 'missing file', 'there is no such file'
+        return 'missing file', _why_missing(path)
     except OSError as error:
         kind = 'path too long' if error.errno == errno.ENAMETOOLONG else 'unreadable file'
         return kind, os.strerror(error.errno) if error.errno else str(error)
@@ -125,6 +134,12 @@ def file_problem(path: str, backend_args: dict | None = None) -> tuple[str, str]
     except Exception as error:
         return 'unreadable image', str(error)
     return None
+
+
+def _why_missing(path: str) -> str:
+    if '\\' in path and os.path.isfile(path.replace('\\', '/')):
+        return r'its name has \; write / instead, and it is found'
+    return 'there is no such file'
 
 
 def _check_image(results: dict[str, Any]) -> None:
@@ -198,31 +213,66 @@ def _guard(transforms: Any, num_classes: int | None, skipped: Any) -> None:
             _guard(getattr(inner, 'transforms', inner), num_classes, skipped)
 
 
-def guard_loading(runner: Runner, config: str, skip: bool = False) -> None:
+def guard_loading(
+    runner: Runner, config: str, skip: bool = False, loaders: Sequence[str] = LOADERS
+) -> None:
     """Have the data loaders of a Runner name the files that they cannot load.
+
+    Annotation files in COCO's format are checked as they are read, for data sets and evaluators.
 
     Args:
         runner: A Runner whose loaders are not built yet: a loader starts its workers then.
         config: The config's path, for messages.
         skip: Replace bad samples by others in training. Evaluation always stops: a score without
             some images cannot be compared.
+        loaders: Those that the Runner builds.
     """
-    build = runner.build_dataloader
-    train = runner.cfg.get('train_dataloader')
+    build, build_evaluator = runner.build_dataloader, runner.build_evaluator
+    cfg = runner.cfg
+    train = cfg.get('train_dataloader')
     skipped = multiprocessing.Value('q', 0) if skip else None
 
     @functools.wraps(build)
     def guarded(dataloader: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            loader = build(dataloader, *args, **kwargs)
-        except (AssertionError, LookupError, OSError, TypeError, ValueError) as error:
-            if 'is not in the' in str(error):  # a registry: a name in the config is wrong
-                raise
-            raise UserError(
-                f'A data set of {config} cannot be loaded ({type(error).__name__}: {error}); '
-                f'python tools/analysis_tools/check_dataset.py {config} says what is wrong with it.'
-            ) from error
+        name = next((name for name in loaders if cfg.get(name) == dataloader), '')
+        with _naming_check(f'A data set of {config} cannot be loaded', config):
+            with checked_files(metrics_of(cfg, name)):
+                loader = build(dataloader, *args, **kwargs)
+            if dataloader == train:
+                check_learnt([census_of(loader.dataset)])
         guard_pipeline(loader.dataset, skipped if dataloader == train else None)
         return loader
 
+    @functools.wraps(build_evaluator)
+    def checked(evaluator: Any) -> Any:
+        with _naming_check(f'An evaluator of {config} cannot be built', config):
+            built = build_evaluator(evaluator)
+            for metric in built.metrics:
+                supply(metric)
+        return built
+
     runner.build_dataloader = guarded
+    runner.build_evaluator = checked
+
+
+@contextlib.contextmanager
+def _naming_check(what: str, config: str) -> Iterator[None]:
+    """Turn any error of data that is built into a sentence that leads to check_dataset."""
+    try:
+        yield
+    except Exception as error:  # unexpected content raises anything
+        if 'is not in the' in str(error):  # a registry: a name in the config is wrong
+            raise
+        raise UserError(
+            f'{what} ({reason_of(error)}); python tools/analysis_tools/check_dataset.py {config} '
+            'says what is wrong with it.'
+        ) from error
+
+
+def reason_of(error: Exception) -> str:
+    """Return why a data set or evaluator cannot be built."""
+    if 'need at least one array' in str(error):
+        return 'no image is left to train on'
+    if isinstance(error, UserError):
+        return str(error).rstrip('.')
+    return f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]}'

@@ -11,6 +11,7 @@ from mmengine.hooks import LoggerHook
 from mmengine.runner import Runner
 
 from pvt_mm.config import CODEBASES, task_of
+from pvt_mm.datasets.coco_readers import check_evaluators
 from pvt_mm.datasets.consistency import check_classes, check_data
 from pvt_mm.datasets.guard import guard_loading
 from pvt_mm.engine import resume, runtime
@@ -50,6 +51,7 @@ def build_runner(cfg: Config, *, config: str, train: bool, skip_bad_images: bool
     loaders = ('train_dataloader', 'val_dataloader') if train else ('test_dataloader',)
     check_data(cfg, loaders)
     check_classes(cfg, config, loaders)
+    check_evaluators(cfg, config, loaders)
     check_checkpoint(cfg.get('load_from'))
     if train:
         check_pretrained(cfg)
@@ -66,7 +68,7 @@ def build_runner(cfg: Config, *, config: str, train: bool, skip_bad_images: bool
     with resume.clear_errors(cfg.work_dir) if train else contextlib.nullcontext():
         runner = Runner.from_cfg(cfg)
         name_loaded_file(runner)
-        guard_loading(runner, config, skip_bad_images)
+        guard_loading(runner, config, skip_bad_images, loaders)
         if train:
             runner.register_hook(TrainingSummaryHook())
         fit_log_interval(runner, runner.max_iters if train else len(runner.test_dataloader))
