@@ -66,6 +66,8 @@ class Use:
         masks: Their masks are learnt.
         decoded: Run-length masks are learnt too (``poly2mask``).
         scored_masks: pycocotools reads their masks.
+        min_size: Images with a shorter side are left out.
+        with_empty: Images without objects are used too.
     """
 
     labelled: bool = True
@@ -73,6 +75,8 @@ class Use:
     masks: bool = False
     decoded: bool = True
     scored_masks: bool = False
+    min_size: float = 0
+    with_empty: bool = True
 
 
 @dataclass
@@ -217,6 +221,8 @@ class Entries:
         self._objects[entry['image_id']] += 1
         if entry.get('iscrowd'):
             self._leave_out(file, 'crowd region', name)
+        elif self._is_small(image):
+            self.census.left_out['image below min_size'] += 1
         else:
             self.census.used[self._names[entry['category_id']]] += 1
         for kind in self._oddities(entry, image):
@@ -294,28 +300,27 @@ class Entries:
         if self._use.labelled and not self._with_class:
             self.add(self._file, 'no object to score')
 
-    def images_left(self, filter_cfg: dict | None) -> int:
-        """Return how many images mmdet's filter leaves in a training."""
-        smallest = (filter_cfg or {}).get('min_size', 0)
-        keeps_empty = not (filter_cfg or {}).get('filter_empty_gt', False)
+    def images_left(self) -> int:
+        """Return how many images mmdet's filter leaves."""
         return sum(
-            min(image['width'], image['height']) >= smallest
-            and (keeps_empty or image_id in self._with_class)
+            not self._is_small(image) and (self._use.with_empty or image_id in self._with_class)
             for image_id, image in self._images.items()
         )
+
+    def _is_small(self, image: dict) -> bool:
+        return min(image['width'], image['height']) < self._use.min_size
 
     def images_without_objects(self, dataset: Any) -> list[Finding]:
         """Return the images without objects in a loaded data set."""
         if not self._use.labelled:
             return []
         used = {dataset.get_data_info(index)['img_id'] for index in range(len(dataset))}
-        smallest = (dataset.filter_cfg or {}).get('min_size', 0)
         found = []
         for image_id, image in self._images.items():
             kind = ''
             if image_id in used:
                 kind = '' if self._objects[image_id] else 'image without objects, kept'
-            elif not dataset.test_mode and min(image['width'], image['height']) < smallest:
+            elif self._is_small(image):
                 kind = 'image below min_size'
             elif not self._objects[image_id]:
                 kind = 'image without objects'

@@ -43,6 +43,7 @@ def use_of(dataset: Any, metrics: Sequence[dict]) -> Use:
     """
     steps = [getattr(step, 'loader', step) for step in dataset.pipeline.transforms]
     masks = [step for step in steps if getattr(step, 'with_mask', False)]
+    filters = {} if dataset.test_mode else dataset.filter_cfg or {}
     read = [
         use_of_metric(metric)
         for metric in metrics
@@ -54,6 +55,8 @@ def use_of(dataset: Any, metrics: Sequence[dict]) -> Use:
         masks=bool(masks),
         decoded=all(getattr(step, 'poly2mask', True) for step in masks),
         scored_masks=any(use.scored_masks for use in read),
+        min_size=filters.get('min_size', 0),
+        with_empty=not filters.get('filter_empty_gt', False),
     )
 
 
@@ -98,7 +101,7 @@ def read_entries(dataset: Any, metrics: Sequence[dict], path: str | None = None)
     entries = Entries(content, file, folder, classes, use_of(dataset, metrics))
     if entries.content is None or entries.stopping():
         return entries
-    if not dataset.test_mode and not entries.images_left(dataset.filter_cfg):
+    if not dataset.test_mode and not entries.images_left():
         reason = f'no image is left to train on: {entries.census}'
         entries.add(file, 'data set that does not load', reason)
         entries.content = None
