@@ -21,7 +21,7 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS, init_default_scope
 
-from pvt_mm.config import datasets
+from pvt_mm.config import datasets, iter_dicts
 from pvt_mm.datasets.coco_file import TOLD, Census, Entries, Use
 from pvt_mm.datasets.coco_values import is_scored_id
 from pvt_mm.datasets.consistency import is_coco, order_problem
@@ -259,8 +259,11 @@ def check_evaluators(cfg: Config, config: str, loaders: Sequence[str]) -> None:
     for loader in loaders:
         for key, metric in _placed_metrics(cfg, loader):
             sets = _built(cfg, loader)
-            if sets:
+            if sets and metric.get('ann_file'):
                 _check_evaluator(key, metric, loader, sets, learnt, config)
+            elif sets and is_coco_metric(metric) and not _gives_instances(cfg, loader):
+                fix = f"write {key}.ann_file='{sets[0].ann_file}'"
+                raise UserError(f'{key} of {config} has no ann_file; {fix}.')
 
 
 def _built(cfg: Config, loader: str) -> list[Any]:
@@ -279,12 +282,8 @@ def _built(cfg: Config, loader: str) -> list[Any]:
 def _check_evaluator(
     key: str, metric: dict, loader: str, sets: list[Any], learnt: set[str], config: str
 ) -> None:
-    file, own = metric.get('ann_file'), sets[0].ann_file
+    file, own = metric['ann_file'], sets[0].ann_file
     fix = f"; write {key}.ann_file='{own}'."
-    if not file:
-        if is_coco_metric(metric) and 'instances' not in _meta_keys(sets[0]):
-            raise UserError(f'{key} of {config} has no ann_file{fix}')
-        return
     if not isinstance(file, str) or '://' in file:
         return
     reads = f'{key} of {config} reads {file}'
@@ -302,8 +301,10 @@ def _check_evaluator(
             raise UserError(f'{reads}, but {loader} reads {own}: {problem}{fix}')
 
 
-def _meta_keys(dataset: Any) -> Sequence[str]:
-    return [key for step in dataset.pipeline.transforms for key in getattr(step, 'meta_keys', ())]
+def _gives_instances(cfg: Config, loader: str) -> bool:
+    """Tell whether a loader's samples hold what a CocoMetric without a file compares with."""
+    steps = iter_dicts([data.get('pipeline') for data in datasets(cfg, [loader])])
+    return any('instances' in step.get('meta_keys', ()) for step in steps)
 
 
 def _warn(text: str) -> None:

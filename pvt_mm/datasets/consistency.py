@@ -194,8 +194,8 @@ def _check_names(
     if problem:
         raise UserError(
             f'{file} has {problem}, against the classes of {loader} in {config}, so that labels '
-            f'would get wrong names; write metainfo=dict(classes={tuple(names)!r}) in that data set '
-            f'and num_classes={len(names)} in the heads.'
+            f'would get wrong names; write metainfo=dict(classes={tuple(names)!r}) in that data '
+            f'set and num_classes={len(names)} in the heads.'
         )
     others = [name for name in names if name not in classes]
     if others:

@@ -32,7 +32,6 @@ import numpy as np
 import torch
 from matplotlib import pyplot
 from mmengine.config import Config
-from mmengine.logging import MMLogger
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS
 from mmengine.structures import InstanceData
@@ -256,8 +255,7 @@ def make_config(root: Path, masks: bool, train: str, val: str) -> Config:
 
 def outcome(function: Any) -> str:
     """Return how a run ends: well, refused, or the traceback's error."""
-    for cls in (ManagerMixin, *subclasses(ManagerMixin)):
-        getattr(cls, '_instance_dict', {}).clear()
+    forget_runs()
     try:
         function()
     except UserError as error:
@@ -269,9 +267,11 @@ def outcome(function: Any) -> str:
     return 'well'
 
 
-def subclasses(cls: type) -> list[type]:
-    """Return all classes below one."""
-    return [inner for child in cls.__subclasses__() for inner in (child, *subclasses(child))]
+def forget_runs(cls: type = ManagerMixin) -> None:
+    """Drop the loggers and visualisers that mmengine keeps for the life of a process."""
+    getattr(cls, '_instance_dict', {}).clear()
+    for child in cls.__subclasses__():
+        forget_runs(child)
 
 
 def check(cfg: Config, loaders: tuple[str, ...]) -> None:
