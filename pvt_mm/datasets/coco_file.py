@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pvt_mm.datasets.coco_values import (
     bad_id,
+    bad_ids,
     bad_image,
     bad_mask,
     complete,
     id_of,
     is_box,
     is_file_name,
+    is_outside,
     is_polygon,
     is_text,
     lacking,
@@ -157,7 +159,7 @@ class Entries:
         return os.path.join(self._folder, image['file_name'])
 
     def _check_category(self, entry: Any) -> bool:
-        problem = lacking(entry, ('id', 'name')) or bad_id(entry, 'id')
+        problem = lacking(entry, ('id', 'name')) or bad_id(entry, 'id', self._names)
         if not problem and not (type(entry['name']) is str and is_text(entry['name'])):
             problem = 'invalid entry', f'name is {shown(entry["name"])}'
         if problem:
@@ -168,12 +170,8 @@ class Entries:
 
     def _check_image(self, entry: Any) -> bool:
         """Check an image's entry; return whether mmdet can load it."""
-        problem = lacking(entry, ('id', 'file_name', 'height', 'width')) or bad_image(entry)
-        if not problem and self._images:
-            first = next(iter(self._images))
-            if isinstance(first, str) != isinstance(entry['id'], str):
-                what = f'id is {shown(entry["id"])}, the first {shown(first)}: one is text'
-                problem = 'invalid entry', what
+        problem = lacking(entry, ('id', 'file_name', 'height', 'width'))
+        problem = problem or bad_image(entry) or bad_id(entry, 'id', self._images)
         if problem:
             name = entry.get('file_name') if isinstance(entry, dict) else None
             file = self._path(entry) if name and is_file_name(name) else self._file
@@ -187,51 +185,54 @@ class Entries:
         self._images[entry['id']] = entry
         return True
 
+    # A file may have a million objects: each is touched once, and an ordinary one makes no text.
+
     def _check_annotation(self, entry: Any, ids: set) -> bool:
-        """Check an object's entry; return whether mmdet can load it. Each is touched once."""
-        problem = lacking(entry, ('id', 'image_id', 'category_id'))
-        for key in ('id', 'image_id', 'category_id'):
-            problem = problem or bad_id(entry, key)
+        """Check an object's entry; return whether mmdet can load it."""
+        problem = bad_ids(entry)
         image = None if problem else self._images.get(entry['image_id'])
-        file = self._file if image is None else self._path(image)
         if image is not None:
             problem = self._bad_values(entry, image)
         if problem:
+            file = self._file if image is None else self._path(image)
             self.add(file, problem[0], f'annotation {id_of(entry)}: {problem[1]}')
             return False
-        name = f'annotation {entry["id"]}'
         if image is None and entry['image_id'] in self._unusable:
             return False
         if entry['id'] in ids:
-            self.add(file, 'annotation id given twice', name)
+            self._add_object(entry, image, 'annotation id given twice')
             return False
         ids.add(entry['id'])
         if image is None:
-            self._leave_out(file, 'annotation of no image', f'{name}, {self._no_image(entry)}')
+            self._leave_out(entry, image, 'annotation of no image', self._no_image(entry))
             return True
-        if self._names.get(entry['category_id']) in self.census.used:
+        name = self._names.get(entry['category_id'])
+        if name in self.census.used:
             self._with_class.add(entry['image_id'])
-        if entry.get('ignore'):
-            self._leave_out(file, 'object marked ignore', name)
-            return True
         kind, detail = self._left_out(entry, image)
         if kind:
-            self._leave_out(file, kind, f'{name}: {detail}')
+            self._leave_out(entry, image, kind, detail)
             return True
         self._objects[entry['image_id']] += 1
         if entry.get('iscrowd'):
-            self._leave_out(file, 'crowd region', name)
+            self._leave_out(entry, image, 'crowd region')
         elif self._is_small(image):
             self.census.left_out['image below min_size'] += 1
         else:
-            self.census.used[self._names[entry['category_id']]] += 1
-        for kind in self._oddities(entry, image):
-            self.add(file, kind, name)
+            self.census.used[name] += 1
+        if is_outside(entry['bbox'], image):
+            self._add_object(entry, image, 'box partly outside')
+        if isinstance(entry.get('segmentation'), dict):
+            self._add_object(entry, image, 'RLE mask')
         return True
 
-    def _leave_out(self, file: str, kind: str, detail: str) -> None:
+    def _add_object(self, entry: dict, image: dict | None, kind: str, detail: str = '') -> None:
+        file = self._file if image is None else self._path(image)
+        self.add(file, kind, f'annotation {entry["id"]}' + f': {detail}' * bool(detail))
+
+    def _leave_out(self, entry: dict, image: dict | None, kind: str, detail: str = '') -> None:
         self.census.left_out[kind] += 1
-        self.add(file, kind, detail)
+        self._add_object(entry, image, kind, detail)
 
     def _no_image(self, entry: dict) -> str:
         number = entry['image_id']
@@ -242,12 +243,11 @@ class Entries:
 
     def _bad_values(self, entry: dict, image: dict) -> tuple[str, str] | None:
         """Return what is wrong with an object's values; add what can be worked out."""
-        use = self._use
+        use, ignore = self._use, entry.get('ignore')
         for key in ('iscrowd', 'ignore'):
             if entry.get(key) not in (None, 0, 1):
                 return 'invalid entry', f'{key} is {shown(entry[key])}, not 0 or 1'
-        needed = use.scored or not entry.get('ignore')
-        if not needed:
+        if ignore and not use.scored:
             return None
         if 'bbox' not in entry:
             return 'incomplete entry', 'it has no bbox'
@@ -257,20 +257,24 @@ class Entries:
             problem = bad_mask(entry, image, use.scored_masks)
             if problem:
                 return problem
-        self._added.update(complete(entry, image, use.scored))
+        added = complete(entry, image, use.scored)
+        if added:
+            self._added.update(added)
         return None
 
     def _left_out(self, entry: dict, image: dict) -> tuple[str, str]:
         """Return kind and detail of an object that mmdet skips, in the order of mmdet's checks."""
+        if entry.get('ignore'):
+            return 'object marked ignore', ''
         x, y, width, height = entry['bbox']
         if width < 1 or height < 1 or entry['area'] <= 0:
             return 'box of zero area', f'{width}x{height}, area {entry["area"]}'
-        inside = [
-            max(0, min(start + size, end) - max(start, 0))
-            for start, size, end in ((x, width, image['width']), (y, height, image['height']))
-        ]
-        if 0 in inside:
-            return 'box outside the image', f'{entry["bbox"]} in {image["width"]}x{image["height"]}'
+        if is_outside(entry['bbox'], image):  # in part, or all of it
+            inside_x = min(x + width, image['width']) - max(x, 0)
+            inside_y = min(y + height, image['height']) - max(y, 0)
+            if inside_x <= 0 or inside_y <= 0:
+                size = f'{image["width"]}x{image["height"]}'
+                return 'box outside the image', f'{entry["bbox"]} in {size}'
         category = self._names.get(entry['category_id'])
         if category not in self.census.used:
             return 'unknown category', f'{entry["category_id"]}, {category or "not in the file"}'
@@ -280,14 +284,6 @@ class Entries:
         if isinstance(mask, dict) and not self._use.decoded:
             return 'RLE mask, not decoded', 'the config has poly2mask=False'
         return '', ''
-
-    def _oddities(self, entry: dict, image: dict) -> Iterator[str]:
-        """Yield what is unusual about an object that mmdet takes."""
-        x, y, width, height = entry['bbox']
-        if x < 0 or y < 0 or x + width > image['width'] or y + height > image['height']:
-            yield 'box partly outside'
-        if isinstance(entry.get('segmentation'), dict):
-            yield 'RLE mask'
 
     def _absent_classes(self) -> None:
         if self._use.labelled and self.census.used.total():

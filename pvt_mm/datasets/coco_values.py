@@ -33,14 +33,40 @@ def lacking(entry: Any, keys: Sequence[str]) -> tuple[str, str] | None:
     return ('incomplete entry', f'it has no {", ".join(absent)}') if absent else None
 
 
-def bad_id(entry: dict, key: str) -> tuple[str, str] | None:
-    """Return what is wrong with an id, as kind and detail of a finding, or None."""
+def bad_id(entry: dict, key: str, others: dict | None = None) -> tuple[str, str] | None:
+    """Return what is wrong with an id, as kind and detail of a finding, or None.
+
+    Args:
+        entry: What has the id.
+        key: Its key.
+        others: By their ids, entries of the same list: pycocotools sorts ids.
+    """
     value: Any = entry.get(key)
-    if type(value) is str and is_text(value):
-        return None
-    if type(value) in _NUMBERS and -LARGEST_ID < value < LARGEST_ID:  # false for NaN
-        return None
-    return 'invalid entry', f'{key} is {shown(value)}, neither a number nor text'
+    if type(value) in _NUMBERS:
+        valid = -LARGEST_ID < value < LARGEST_ID  # false for NaN
+    else:
+        valid = type(value) is str and is_text(value)
+    if not valid:
+        return 'invalid entry', f'{key} is {shown(value)}, neither a number nor text'
+    first = next(iter(others)) if others else value
+    if isinstance(first, str) != isinstance(value, str):
+        return 'invalid entry', f'{key} is {shown(value)}, the first {shown(first)}: one is text'
+    return None
+
+
+def bad_ids(entry: Any) -> tuple[str, str] | None:
+    """Return what is wrong with the ids of an object, as kind and detail, or None."""
+    try:
+        number, image, category = entry['id'], entry['image_id'], entry['category_id']
+        if type(number) is type(image) is type(category) is int and abs(number) < LARGEST_ID:
+            return None
+    except (KeyError, TypeError, IndexError):
+        pass
+    keys = ('id', 'image_id', 'category_id')
+    problems = [lacking(entry, keys)]
+    if problems == [None]:
+        problems = [bad_id(entry, key) for key in keys]
+    return next(filter(None, problems), None)
 
 
 def id_of(entry: Any) -> str:
@@ -58,7 +84,7 @@ def bad_image(entry: dict) -> tuple[str, str] | None:
             value = entry[key] = int(value)  # pycocotools takes no 48.0
         if type(value) is not int or not 0 < value <= FARTHEST:
             return 'invalid entry', f'{key} is {shown(value)}, no number of pixels'
-    return bad_id(entry, 'id')
+    return None
 
 
 def is_file_name(value: Any) -> bool:
@@ -76,7 +102,25 @@ def is_text(value: str) -> bool:
 
 def is_box(value: Any) -> bool:
     """Tell whether a value is a box."""
-    return type(value) is list and len(value) == 4 and _are_coordinates(value)
+    if type(value) is not list or len(value) != 4:
+        return False
+    x, y, width, height = value
+    return (
+        type(x) in _NUMBERS
+        and type(y) in _NUMBERS
+        and type(width) in _NUMBERS
+        and type(height) in _NUMBERS
+        and -FARTHEST <= x <= FARTHEST  # false for NaN
+        and -FARTHEST <= y <= FARTHEST
+        and -FARTHEST <= width <= FARTHEST
+        and -FARTHEST <= height <= FARTHEST
+    )
+
+
+def is_outside(box: list, image: dict) -> bool:
+    """Tell whether a part of a box is outside its image."""
+    x, y, width, height = box
+    return x < 0 or y < 0 or x + width > image['width'] or y + height > image['height']
 
 
 def _are_coordinates(values: list) -> bool:
@@ -148,18 +192,18 @@ def run_total(counts: str) -> int:
     return -1 if (runs < 0).any() else int(runs.sum())
 
 
-def complete(entry: dict, image: dict, scored: bool) -> list[str]:
+def complete(entry: dict, image: dict, scored: bool) -> tuple[str, ...]:
     """Add to an object what its readers need and can be worked out; return the kinds."""
-    added = []
     area: Any = entry.get('area')
+    added: tuple[str, ...] = ()
     if type(area) not in _NUMBERS or not 0 < area < math.inf:
         entry['area'] = _area(entry, image)
-        added.append('area worked out')
+        added = ('area worked out',)
     if scored and entry.get('iscrowd') is None:
         entry['iscrowd'] = 0
-        added.append('no iscrowd')
+        added = (*added, 'no iscrowd')
     if scored and not is_scored_id(entry['id']):
-        added.append('annotation id below 1')
+        added = (*added, 'annotation id below 1')
     return added
 
 
