@@ -217,8 +217,9 @@ def check_learnt(found: Sequence[Census | None]) -> None:
     counted = [census for census in found if census is not None]
     if counted and not any(census.used.total() for census in counted):
         total = functools.reduce(operator.add, counted)
-        kind = 'no object to learn'
-        raise DataError(f'{kind}: {total}', kind=kind, detail=str(total))
+        raise DataError(
+            f'no object to learn: {total}', kind='no object to learn', detail=str(total)
+        )
 
 
 # Evaluators
@@ -290,7 +291,7 @@ def _check_evaluator(
     if not os.path.isfile(file):
         raise UserError(f'{reads}, which is missing{fix}')
     if all(os.path.realpath(each.ann_file) == os.path.realpath(file) for each in sets):
-        if any(each._indices is not None for each in sets):
+        if any(getattr(each, '_indices', None) is not None for each in sets):
             _warn(f'{reads} with all its images, and {loader} gives only those of its indices.')
         return
     if os.path.realpath(file) in learnt:

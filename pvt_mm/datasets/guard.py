@@ -235,7 +235,7 @@ def guard_loading(
     @functools.wraps(build)
     def guarded(dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         name = next((name for name in loaders if cfg.get(name) == dataloader), '')
-        with _naming_check(f'A data set of {config} cannot be loaded', config):
+        with _naming_check('A data set of {} cannot be loaded ({})', config):
             with checked_files(metrics_of(cfg, name)):
                 loader = build(dataloader, *args, **kwargs)
             if dataloader == train:
@@ -245,7 +245,7 @@ def guard_loading(
 
     @functools.wraps(build_evaluator)
     def checked(evaluator: Any) -> Any:
-        with _naming_check(f'An evaluator of {config} cannot be built', config):
+        with _naming_check('An evaluator of {} cannot be built ({})', config):
             built = build_evaluator(evaluator)
             for metric in built.metrics:
                 supply(metric)
@@ -264,7 +264,7 @@ def _naming_check(what: str, config: str) -> Iterator[None]:
         if 'is not in the' in str(error):  # a registry: a name in the config is wrong
             raise
         raise UserError(
-            f'{what} ({reason_of(error)}); python tools/analysis_tools/check_dataset.py {config} '
+            f'{what.format(config, reason_of(error))}; python tools/analysis_tools/check_dataset.py {config} '
             'says what is wrong with it.'
         ) from error
 
