@@ -140,7 +140,7 @@ class Entries:
         categories = [entry for entry in content['categories'] if self._check_category(entry)]
         images = [entry for entry in content['images'] if self._check_image(entry)]
         ids: set = set()
-        annotations = content.get('annotations') or []
+        annotations = content.get('annotations', [])
         kept = [entry for entry in annotations if self._check_annotation(entry, ids)]
         self.content = dict(content, categories=categories, images=images, annotations=kept)
         for kind, count in self._added.items():
@@ -253,8 +253,9 @@ class Entries:
             return 'incomplete entry', 'it has no bbox'
         if not is_box(entry['bbox']):
             return 'invalid entry', f'bbox is {shown(entry["bbox"])}, not 4 numbers in pixels'
-        if use.scored_masks or (use.masks and entry.get('segmentation')):
-            problem = bad_mask(entry, image, use.scored_masks)
+        scored = use.scored_masks and self._names.get(entry['category_id']) in self.census.used
+        if scored or (use.masks and entry.get('segmentation')):
+            problem = bad_mask(entry, image, scored)
             if problem:
                 return problem
         added = complete(entry, image, use.scored)
@@ -335,7 +336,7 @@ def _structure(content: Any, labelled: bool) -> str:
     if not isinstance(content, dict):
         return f'it holds {shown(content)}, not images, annotations and categories'
     for key in ('images', 'categories', 'annotations'):
-        if key == 'annotations' and not labelled and content.get(key) is None:
+        if key == 'annotations' and not labelled and key not in content:
             continue
         if key not in content:
             hint = '; a test without them has format_only=True in its evaluator'

@@ -19,7 +19,7 @@ from typing import Any
 from mmengine import fileio
 from mmengine.config import Config
 from mmengine.logging import print_log
-from mmengine.registry import DATASETS, init_default_scope
+from mmengine.registry import DATASETS, METRICS, init_default_scope
 
 from pvt_mm.config import datasets, iter_dicts
 from pvt_mm.datasets.coco_file import TOLD, Census, Entries, Use
@@ -259,12 +259,26 @@ def check_evaluators(cfg: Config, config: str, loaders: Sequence[str]) -> None:
     learnt = {os.path.realpath(each.ann_file) for each in _built(cfg, 'train_dataloader')}
     for loader in loaders:
         for key, metric in _placed_metrics(cfg, loader):
+            if is_coco_metric(metric):
+                _check_arguments(key, metric, config)
             sets = _built(cfg, loader)
             if sets and metric.get('ann_file'):
                 _check_evaluator(key, metric, loader, sets, learnt, config)
             elif sets and is_coco_metric(metric) and not _gives_instances(cfg, loader):
                 fix = f"write {key}.ann_file='{sets[0].ann_file}'"
                 raise UserError(f'{key} of {config} has no ann_file; {fix}.')
+
+
+def _check_arguments(key: str, metric: dict, config: str) -> None:
+    """Build a CocoMetric without its file, for its other arguments may be wrong too."""
+    try:
+        METRICS.build(dict(metric, ann_file=None))
+    except Exception as error:
+        if 'is not in the' in str(error):  # a registry: the name is wrong
+            raise
+        raise UserError(
+            f'{key} of {config} cannot be built ({type(error).__name__}: {error}).'
+        ) from error
 
 
 def _built(cfg: Config, loader: str) -> list[Any]:
@@ -356,8 +370,12 @@ def metric_entries(content: Any, file: str, metric: dict, classes: Sequence[str]
     return entries
 
 
-def supply(metric: Any) -> None:
+def supply(metric: Any, classes: Sequence[str]) -> None:
     """Check what a built CocoMetric has read, and add what pycocotools needs.
+
+    Args:
+        metric: Of any kind; others are left alone.
+        classes: Names of the classes that are scored.
 
     Raises:
         DataError: Where pycocotools cannot score it.
@@ -366,7 +384,7 @@ def supply(metric: Any) -> None:
     if type(coco).__name__ != 'COCO' or metric.format_only:
         return
     use = Use(scored=True, scored_masks='segm' in metric.metrics)
-    entries = Entries(coco.dataset, "the evaluator's ann_file", '', (), use)
+    entries = Entries(coco.dataset, "the evaluator's ann_file", '', classes, use)
     raise_first(entries, "the evaluator's ann_file")
     content = entries.content or {}
     annotations = content['annotations']

@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import functools
 import io
 import logging
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -232,41 +231,43 @@ def guard_loading(
     train = cfg.get('train_dataloader')
     skipped = multiprocessing.Value('q', 0) if skip else None
 
+    classes: list[str] = []  # of the loader that is built before its evaluator
+
     @functools.wraps(build)
     def guarded(dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         name = next((name for name in loaders if cfg.get(name) == dataloader), '')
-        with _naming_check('A data set of {} cannot be loaded ({})', config):
+        try:
             with checked_files(metrics_of(cfg, name)):
                 loader = build(dataloader, *args, **kwargs)
             if dataloader == train:
                 check_learnt([census_of(loader.dataset)])
+        except Exception as error:  # unexpected content raises anything
+            if 'is not in the' in str(error):  # a registry: a name in the config is wrong
+                raise
+            raise UserError(
+                f'A data set of {config} cannot be loaded ({reason_of(error)}); '
+                f'python tools/analysis_tools/check_dataset.py {config} says what is wrong with it.'
+            ) from error
         guard_pipeline(loader.dataset, skipped if dataloader == train else None)
+        classes[:] = getattr(loader.dataset, 'metainfo', {}).get('classes') or ()
         return loader
 
     @functools.wraps(build_evaluator)
     def checked(evaluator: Any) -> Any:
-        with _naming_check('An evaluator of {} cannot be built ({})', config):
+        try:
             built = build_evaluator(evaluator)
             for metric in built.metrics:
-                supply(metric)
+                supply(metric, classes)
+        except Exception as error:
+            if 'is not in the' in str(error):
+                raise
+            raise UserError(
+                f'An evaluator of {config} cannot be built ({reason_of(error)}).'
+            ) from error
         return built
 
     runner.build_dataloader = guarded
     runner.build_evaluator = checked
-
-
-@contextlib.contextmanager
-def _naming_check(what: str, config: str) -> Iterator[None]:
-    """Turn any error of data that is built into a sentence that leads to check_dataset."""
-    try:
-        yield
-    except Exception as error:  # unexpected content raises anything
-        if 'is not in the' in str(error):  # a registry: a name in the config is wrong
-            raise
-        raise UserError(
-            f'{what.format(config, reason_of(error))}; python tools/analysis_tools/check_dataset.py {config} '
-            'says what is wrong with it.'
-        ) from error
 
 
 def reason_of(error: Exception) -> str:

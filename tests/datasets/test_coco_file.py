@@ -465,6 +465,31 @@ def test_an_evaluator_without_its_file_is_refused(made, runs):
     runs(cfg)
 
 
+@pytest.mark.parametrize(
+    'wrong', [dict(metric='mAP'), dict(format_only=True), dict(best=1), dict(proposal_nums=3)]
+)
+def test_an_evaluator_with_a_wrong_argument_is_refused(wrong, made, runs):
+    """mmdet would say so in a traceback; check says it too."""
+    cfg = made.config()
+    cfg.val_evaluator.update(wrong)
+    (finding,) = [each for each in find(cfg) if each.kind in checks.STOPPING]
+    assert finding.detail.startswith('val_evaluator of my.py cannot be built (')
+    with pytest.raises(UserError, match=r'val_evaluator of my\.py cannot be built \('):
+        runs(cfg)
+
+
+def test_masks_of_categories_that_are_not_scored_are_no_matter(made, runs):
+    """pycocotools reads those of the classes alone."""
+
+    def change(content):
+        content['categories'].append(dict(id=3, name='cow'))
+        content['annotations'][2].update(category_id=3, segmentation=[])
+
+    cfg = made.config(change, masks=True)
+    assert runs(cfg, train=False)['coco/segm_mAP'] == 1
+    assert not {finding.kind for finding in find(cfg)} & set(checks.STOPPING)
+
+
 def test_an_evaluator_may_read_a_copy(made, runs, told):
     """Of the same images; more images than are given are told."""
     more = dict(made.content['images'][0], id=9)
