@@ -6,16 +6,12 @@ what stops here stops there. What mmdet skips without a message is found in the 
 
 from __future__ import annotations
 
-import contextlib
 import io
-import json
 import os
 import re
-import tempfile
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +22,17 @@ from mmengine.registry import DATASETS, init_default_scope
 
 from pvt_mm.config import datasets, task_of, type_name
 from pvt_mm.datasets import label_maps
+from pvt_mm.datasets.coco_file import AT_START, TOLD
+from pvt_mm.datasets.coco_readers import (
+    check_evaluators,
+    check_learnt,
+    load_checked,
+    metrics_of,
+    read_entries,
+)
 from pvt_mm.datasets.consistency import check_classes, is_coco
-from pvt_mm.datasets.guard import guard_pipeline, is_jpeg
+from pvt_mm.datasets.findings import Finding
+from pvt_mm.datasets.guard import guard_pipeline, is_jpeg, reason_of
 from pvt_mm.datasets.ignore_index import ignored_label, match_ignored
 from pvt_mm.errors import DataError, UserError
 from pvt_mm.tables import text_table
@@ -50,10 +55,9 @@ STOPPING = {
     'label map in colour': _NAMED,
     'unknown id in a label map': _NAMED,
     'broken annotation': _NAMED,
-    'incomplete entry': _AT_START,
-    'annotation id given twice': _AT_START,
-    'data set that does not load': _AT_START,
+    **dict.fromkeys(AT_START, _AT_START),
     'classes that disagree': _AT_START,
+    'evaluator that reads another file': _AT_START,
     label_maps.NO_IMAGE: _AT_START,
     label_maps.SPLIT_FILE: _AT_START,
     label_maps.NO_MAP: _AT_START,
@@ -70,7 +74,11 @@ HARMLESS = {
     'box partly outside': 'clips it at the border when the image is resized',
     'unknown category': 'leaves the object out',
     'annotation of no image': 'leaves the object out',
+    'object marked ignore': 'leaves the object out',
     'mask without polygon': 'leaves the object out where masks are learnt',
+    'RLE mask, not decoded': 'leaves the object out where masks are learnt',
+    'class without objects': 'never learns it; the mean score leaves it out',
+    **TOLD,
     'crowd region': 'sets it apart as ignored, which the recipes of pvt_mm take for background',
     'RLE mask': 'decodes it where masks are learnt',
     'label map without image': 'leaves it out',
@@ -97,15 +105,6 @@ def _silent(samples: Iterable, total: int) -> Iterable:
     return samples
 
 
-@dataclass(frozen=True)
-class Finding:
-    """Something about one file that its owner should know."""
-
-    file: str
-    kind: str
-    detail: str = ''
-
-
 def check_config(
     cfg: Config, config: str, loaders: Sequence[str], progress: Progress = _silent
 ) -> tuple[list[Finding], int]:
@@ -125,37 +124,53 @@ def check_config(
     """
     init_default_scope(task_of(cfg))
     found, images = [], 0
-    for check in (check_classes, match_ignored):
+    for check, kind in (
+        (check_classes, 'classes that disagree'),
+        (match_ignored, 'classes that disagree'),
+        (check_evaluators, 'evaluator that reads another file'),
+    ):
         try:
             check(cfg, config, loaders)
         except UserError as error:
-            found.append(Finding(config, 'classes that disagree', str(error)))
-    for data in _distinct(datasets(cfg, loaders)):
-        more, count = _check_dataset(data, progress, ignored_label(cfg))
+            found.append(Finding(config, kind, str(error)))
+    learnt: list[Any] = []
+    for data, metrics in _distinct(cfg, loaders):
+        more, dataset = _check_dataset(data, metrics, progress, ignored_label(cfg))
         found += more
-        images += count
+        images += len(dataset or ())
+        if dataset is not None and not dataset.test_mode:
+            learnt.append(getattr(dataset, 'census', None))
+    try:
+        check_learnt(learnt)
+    except DataError as error:
+        found.append(Finding(config, error.kind, error.detail))
     return found, images
 
 
-def _distinct(found: Iterator[ConfigDict]) -> Iterator[ConfigDict]:
-    """Leave out data sets that are the same as an earlier one, but for the pipeline."""
-    seen: list[dict] = []
-    for data in found:
-        source = {key: value for key, value in data.items() if key != 'pipeline'}
-        if source not in seen:
-            seen.append(source)
-            yield data
+def _distinct(cfg: Config, loaders: Sequence[str]) -> Iterator[tuple[ConfigDict, list[dict]]]:
+    """Yield data sets and their metrics, but none that only differs in the pipeline."""
+    seen: list[tuple] = []
+    for loader in loaders:
+        metrics = metrics_of(cfg, loader)
+        for data in datasets(cfg, [loader]):
+            source = {key: value for key, value in data.items() if key != 'pipeline'}, metrics
+            if source not in seen:
+                seen.append(source)
+                yield data, metrics
 
 
 def _check_dataset(
-    data: ConfigDict, progress: Progress, ignored: int | None
-) -> tuple[list[Finding], int]:
+    data: ConfigDict, metrics: list[dict], progress: Progress, ignored: int | None
+) -> tuple[list[Finding], Any]:
+    """Check a data set; return the findings, and the data set if it loads."""
     loading = [step for step in data.get('pipeline', []) if type_name(step).startswith('Load')]
+    place = str(data.get('ann_file') or data.get('data_root'))
     try:
         dataset = DATASETS.build(dict(data, pipeline=loading, lazy_init=True))
-    except ValueError as error:
-        place = data.get('ann_file') or data.get('data_root')
-        return [Finding(str(place), 'data set that does not load', str(error))], 0
+    except Exception as error:  # unexpected values in the config raise anything
+        if 'is not in the' in str(error):  # a registry: a name in the config is wrong
+            raise
+        return [Finding(place, 'data set that does not load', reason_of(error))], None
     guard_pipeline(dataset, ignored=ignored)
     coco = is_coco(dataset)
     if not coco and not hasattr(dataset, 'reduce_zero_label'):
@@ -164,194 +179,28 @@ def _check_dataset(
         )
     found = list(map(_finding, label_maps.file_problems(data)))
     if stops(found):
-        return found, 0
-    with contextlib.ExitStack() as stack:
+        return found, None
+    try:
         if coco:
-            entries = Entries(dataset, any(step.get('with_mask') for step in loading))
+            entries = read_entries(dataset, metrics)
             found += entries.found
             if entries.content is None:
-                return found, 0
-            if entries.fatal:  # the other entries can still be checked
-                copy = stack.enter_context(tempfile.NamedTemporaryFile('w', suffix='.json'))
-                json.dump(entries.content, copy)
-                copy.flush()
-                dataset.ann_file = copy.name
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
-                dataset.full_init()
-        except Exception as error:  # any kind, on unexpected content
-            reason = f'{type(error).__name__}: {error}'
-            if 'need at least one array' in reason:
-                reason = 'no image is left to train on'
-            place = dataset.ann_file or dataset.data_prefix.get('img_path')
-            return [*found, Finding(str(place), 'data set that does not load', reason)], 0
-    if coco:
-        found += entries.images_without_objects(dataset)
-    else:
-        found += _maps_without_image(dataset)
-    return found + _check_samples(dataset, progress, ignored), len(dataset)
+                return found, None
+            load_checked(dataset, entries)
+            found += entries.images_without_objects(dataset)
+        else:
+            dataset.full_init()
+            found += _maps_without_image(dataset)
+    except DataError as error:
+        return [*found, _finding(error)], None
+    except Exception as error:  # any kind, on unexpected content
+        place = dataset.ann_file or dataset.data_prefix.get('img_path')
+        return [*found, Finding(str(place), 'data set that does not load', reason_of(error))], None
+    return found + _check_samples(dataset, progress, ignored), dataset
 
 
 def _finding(error: DataError) -> Finding:
     return Finding(error.file, error.kind, error.detail)
-
-
-# Annotation files of COCO's format
-
-
-class Entries:
-    """The entries of an annotation file, and what mmdet does with them.
-
-    Args:
-        dataset: A CocoDataset, not initialised.
-        with_mask: Whether masks are learnt.
-        content: The file's content; by default it is read.
-
-    Attributes:
-        found: The findings.
-        fatal: Whether the file stops mmdet.
-        content: The file's content without the entries that stop mmdet; None if nothing is left.
-    """
-
-    def __init__(
-        self, dataset: Any, with_mask: bool, content: dict[str, Any] | None = None
-    ) -> None:
-        self.found: list[Finding] = []
-        self.fatal = False
-        self.content: dict[str, Any] | None = None
-        self._file = str(dataset.ann_file)
-        self._folder = str(dataset.data_prefix['img'])
-        self._with_mask = with_mask
-        try:
-            if content is None:
-                text = fileio.get_text(self._file, backend_args=dataset.backend_args)
-                content = dict(json.loads(text))
-            images, annotations = content['images'], content['annotations']
-            names = {category['id']: category['name'] for category in content['categories']}
-        except (LookupError, TypeError, ValueError) as error:
-            reason = f'{type(error).__name__}: {error}'
-            self._add(self._file, 'data set that does not load', reason)
-            return
-        self._names = names
-        self._classes = set(dataset.metainfo['classes'])
-        self._images: dict[Any, dict] = {}
-        self._incomplete: set = set()
-        self._objects: Counter = Counter()
-        kept_images = [entry for entry in images if self._check_image(entry)]
-        ids: set = set()
-        kept = [entry for entry in annotations if self._check_annotation(entry, ids)]
-        self.content = {**content, 'images': kept_images, 'annotations': kept}
-
-    def _add(self, file: str, kind: str, detail: str) -> None:
-        self.fatal |= kind in STOPPING
-        self.found.append(Finding(file, kind, detail))
-
-    def _path(self, image: dict) -> str:
-        return os.path.join(self._folder, image['file_name'])
-
-    def _check_image(self, entry: dict) -> bool:
-        """Check an image's entry; return whether mmdet can load it."""
-        lacking = [key for key in ('id', 'file_name', 'height', 'width') if key not in entry]
-        if lacking:
-            name = self._path(entry) if 'file_name' in entry else self._file
-            what = f'image {entry.get("id", "")} has no {", ".join(lacking)}'
-            self._add(name, 'incomplete entry', what)
-            self._incomplete.add(entry.get('id'))
-            return False
-        if entry['id'] in self._images:
-            first = self._images[entry['id']]['file_name']
-            self._add(self._path(entry), 'image id given twice', f'{entry["id"]}, as of {first}')
-        self._images[entry['id']] = entry
-        return True
-
-    def _check_annotation(self, entry: dict, ids: set) -> bool:
-        """Check an object's entry; return whether mmdet can load it."""
-        name = f'annotation {entry.get("id", "")}'
-        lacking = [key for key in ('id', 'image_id', 'category_id') if key not in entry]
-        image = self._images.get(entry.get('image_id'))
-        if image is not None and not entry.get('ignore'):
-            lacking += [key for key in ('bbox', 'area') if not _is_number(entry, key)]
-        file = self._path(image) if image is not None else self._file
-        if lacking:
-            self._add(file, 'incomplete entry', f'{name} has no valid {", ".join(lacking)}')
-            return False
-        if image is None and entry['image_id'] in self._incomplete:
-            return False
-        if image is None:
-            self._add(file, 'annotation of no image', f'{name}, image {entry["image_id"]}')
-            return True
-        if entry['id'] in ids:
-            self._add(file, 'annotation id given twice', name)
-            return False
-        ids.add(entry['id'])
-        if entry.get('ignore'):
-            return True
-        kind, detail = self._left_out(entry, image)
-        if kind:
-            self._add(file, kind, f'{name}: {detail}')
-            return True
-        self._objects[entry['image_id']] += 1
-        for kind in self._oddities(entry, image):
-            self._add(file, kind, name)
-        return True
-
-    def _left_out(self, entry: dict, image: dict) -> tuple[str, str]:
-        """Return kind and detail of an object that mmdet skips, in the order of mmdet's checks."""
-        x, y, width, height = entry['bbox']
-        if width < 1 or height < 1 or entry['area'] <= 0:
-            return 'box of zero area', f'{width}x{height}, area {entry["area"]}'
-        inside = [
-            max(0, min(start + size, end) - max(start, 0))
-            for start, size, end in ((x, width, image['width']), (y, height, image['height']))
-        ]
-        if 0 in inside:
-            return 'box outside the image', f'{entry["bbox"]} in {image["width"]}x{image["height"]}'
-        category = self._names.get(entry['category_id'])
-        if category not in self._classes:
-            return 'unknown category', f'{entry["category_id"]}, {category or "not in the file"}'
-        mask: Any = entry.get('segmentation')
-        learnt = self._with_mask and mask and isinstance(mask, list)
-        if learnt and not any(len(part) >= 6 and len(part) % 2 == 0 for part in mask):
-            return 'mask without polygon', f'{len(mask)} of fewer than 3 points'
-        return '', ''
-
-    def _oddities(self, entry: dict, image: dict) -> Iterator[str]:
-        """Yield what is unusual about an object that mmdet takes."""
-        x, y, width, height = entry['bbox']
-        if x < 0 or y < 0 or x + width > image['width'] or y + height > image['height']:
-            yield 'box partly outside'
-        if entry.get('iscrowd'):
-            yield 'crowd region'
-        if isinstance(entry.get('segmentation'), dict):
-            yield 'RLE mask'
-
-    def images_without_objects(self, dataset: Any) -> list[Finding]:
-        """Return the images without objects in a loaded data set."""
-        used = {dataset.get_data_info(index)['img_id'] for index in range(len(dataset))}
-        smallest = (dataset.filter_cfg or {}).get('min_size', 0)
-        found = []
-        for image_id, image in self._images.items():
-            kind = ''
-            if image_id in used:
-                kind = '' if self._objects[image_id] else 'image without objects, kept'
-            elif not dataset.test_mode and min(image['width'], image['height']) < smallest:
-                kind = 'image below min_size'
-            elif not self._objects[image_id]:
-                kind = 'image without objects'
-            if kind:
-                found.append(Finding(self._path(image), kind))
-        return found
-
-
-def _is_number(entry: dict, key: str) -> bool:
-    """Tell whether an entry has a number under a key; in a box, four numbers."""
-    value = entry.get(key)
-    values = value if key == 'bbox' else [value]
-    return (
-        isinstance(values, list)
-        and len(values) == (4 if key == 'bbox' else 1)
-        and all(isinstance(number, (int, float)) for number in values)
-    )
 
 
 # Label maps of mmseg

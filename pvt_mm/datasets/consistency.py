@@ -8,6 +8,7 @@ import logging
 import mmap
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from mmengine.registry import DATASETS, init_default_scope
 from pvt_mm.config import datasets, iter_dicts, type_name
 from pvt_mm.datasets.ignore_index import segmentor_heads
 from pvt_mm.errors import UserError
+
+_UNREADABLE = (LookupError, TypeError, ValueError, OSError, RecursionError)
 
 
 def check_data(cfg: Config, loaders: Sequence[str]) -> None:
@@ -94,8 +97,11 @@ def check_classes(cfg: Config, config: str, loaders: Sequence[str]) -> None:
             # Panoptic heads have classes of their own for things and for stuff.
             if classes and 'thing_classes' not in dataset.metainfo:
                 _check_heads(heads, classes, config, loader)
+            _check_given_once(classes or (), config, loader)
             if is_coco(dataset) and os.path.isfile(dataset.ann_file):
-                names = category_names(dataset.ann_file)
+                found = categories(dataset.ann_file)
+                _check_twice(classes, found, dataset.ann_file)
+                names = [category['name'] for category in found]
                 _check_names(classes, names, dataset.ann_file, config, loader)
 
 
@@ -188,17 +194,69 @@ def _check_heads(heads: dict[str, int], classes: Sequence[str], config: str, loa
         )
 
 
+def _check_given_once(classes: Sequence[str], config: str, loader: str) -> None:
+    twice = [name for name, count in Counter(classes).items() if count > 1]
+    if twice:
+        raise UserError(
+            f'The classes of {loader} in {config} name {_listed(twice)} more than once; each is '
+            'named once.'
+        )
+
+
+def _check_twice(classes: Sequence[str], found: list[dict], file: str) -> None:
+    """Refuse two categories of one name, or with one id: mmdet gives each a label of its own."""
+    for key, what in (('id', 'with the id'), ('name', 'of the name')):
+        for value, count in Counter(category[key] for category in found).items():
+            twins = [category for category in found if category[key] == value]
+            if count < 2 or not any(category['name'] in classes for category in twins):
+                continue
+            objects = _objects(file)
+            each = ', '.join(
+                f'id {category["id"]} {category["name"]!r} ({objects[category["id"]]} objects)'
+                for category in twins
+            )
+            raise UserError(
+                f'{file} has {count} categories {what} {value!r}: {each}; {_way_out(key, twins)}'
+            )
+
+
+def _way_out(key: str, twins: list[dict]) -> str:
+    if twins[0]['id'] == twins[1]['id'] and twins[0]['name'] == twins[1]['name']:
+        return 'remove one of the two entries.'
+    if key == 'id':
+        return 'give each an id of its own, also in the category_id of its objects.'
+    keep, *others = [category['id'] for category in twins]
+    gone = ', '.join(map(str, others))
+    return f'write category_id {keep} in all their objects, and remove category {gone}.'
+
+
+def _objects(file: str) -> Counter:
+    """Count the objects of each category id in a file; none in a file that is not COCO's."""
+    try:
+        with open(file, encoding='utf-8') as stream:
+            return Counter(entry['category_id'] for entry in json.load(stream)['annotations'])
+    except _UNREADABLE:
+        return Counter()
+
+
+def order_problem(classes: Sequence[str], names: Sequence[str]) -> str:
+    """Return how a file's categories differ from the classes; '' where labels get their names."""
+    # mmdet numbers labels in the order of the file, and skips classes that it does not find.
+    if [name for name in names if name in classes] == list(classes):
+        return ''
+    missing = [name for name in classes if name not in names]
+    return f'no category {_listed(missing)}' if missing else 'its categories in another order'
+
+
 def _check_names(
     classes: Sequence[str], names: list[str], file: str, config: str, loader: str
 ) -> None:
-    # mmdet numbers labels in the order of the file, and skips classes that it does not find.
-    if [name for name in names if name in classes] != list(classes):
-        missing = [name for name in classes if name not in names]
-        what = f'no category {_listed(missing)}' if missing else 'its categories in another order'
+    problem = order_problem(classes, names)
+    if problem:
         raise UserError(
-            f'{file} has {what}, against the classes of {loader} in {config}, so that labels would '
-            f'get wrong names; write metainfo=dict(classes={tuple(names)!r}) in that data set and '
-            f'num_classes={len(names)} in the heads.'
+            f'{file} has {problem}, against the classes of {loader} in {config}, so that labels '
+            f'would get wrong names; write metainfo=dict(classes={tuple(names)!r}) in that data '
+            f'set and num_classes={len(names)} in the heads.'
         )
     others = [name for name in names if name not in classes]
     if others:
@@ -213,7 +271,7 @@ def _check_names(
 
 
 def _listed(names: Sequence[str]) -> str:
-    return ', '.join(names[:5]) + (', ...' if len(names) > 5 else '')
+    return ', '.join(map(str, names[:5])) + (', ...' if len(names) > 5 else '')
 
 
 def category_names(file: str) -> list[str]:
@@ -222,22 +280,35 @@ def category_names(file: str) -> list[str]:
     Raises:
         UserError: Where it holds none.
     """
+    return [category['name'] for category in categories(file)]
+
+
+def categories(file: str) -> list[dict]:
+    """Return the categories in a COCO annotation file, each with a name and an id.
+
+    Raises:
+        UserError: Where it holds none.
+    """
     try:
-        return _names(_categories_alone(file))
-    except (LookupError, TypeError, ValueError):
+        return _valid(_categories_alone(file))
+    except _UNREADABLE:
         pass  # they are elsewhere in the file, or missing
     try:
         with open(file, encoding='utf-8') as stream:
-            return _names(json.load(stream)['categories'])
-    except (LookupError, TypeError, ValueError, OSError) as error:
+            return _valid(json.load(stream)['categories'])
+    except _UNREADABLE as error:
         raise UserError(
             f'{file} is no annotation file of COCO with categories ({type(error).__name__}: '
             f'{error}).'
         ) from error
 
 
-def _names(categories: Any) -> list[str]:
-    return [category['name'] for category in categories]
+def _valid(found: Any) -> list[dict]:
+    """Return categories of which each has a name that is text and an id."""
+    for category in found:
+        if not isinstance(category['name'], str) or not isinstance(category['id'], (int, str)):
+            raise TypeError(f'a category has the name {category["name"]} and id {category["id"]}')
+    return list(found)
 
 
 def _categories_alone(file: str) -> Any:

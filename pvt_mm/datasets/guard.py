@@ -23,6 +23,14 @@ from mmengine import fileio
 from mmengine.logging import print_log
 from mmengine.runner import Runner
 
+from pvt_mm.config import LOADERS
+from pvt_mm.datasets.coco_readers import (
+    census_of,
+    check_learnt,
+    checked_files,
+    metrics_of,
+    supply,
+)
 from pvt_mm.datasets.ignore_index import IGNORED, ignored_label
 from pvt_mm.errors import DataError, UserError
 
@@ -117,7 +125,7 @@ def file_problem(path: str, backend_args: dict | None = None) -> tuple[str, str]
     try:
         content = fileio.get(path, backend_args=backend_args)
     except FileNotFoundError:
-        return 'missing file', 'there is no such file'
+        return 'missing file', _why_missing(path)
     except OSError as error:
         kind = 'path too long' if error.errno == errno.ENAMETOOLONG else 'unreadable file'
         return kind, os.strerror(error.errno) if error.errno else str(error)
@@ -186,6 +194,12 @@ def _wide_pixels(content: bytes) -> str:
         return ''
     channels = 1 if pixels.ndim == 2 else pixels.shape[2]
     return f'{channels} channel(s) of {pixels.dtype}; convert it to 3 channels of 8 bits'
+
+
+def _why_missing(path: str) -> str:
+    if '\\' in path and os.path.isfile(path.replace('\\', '/')):
+        return r'its name has \; write / instead, and it is found'
+    return 'there is no such file'
 
 
 def _check_image(results: dict[str, Any]) -> None:
@@ -297,36 +311,73 @@ def _pad_with(transform: Any, ignored: int) -> None:
         transform.pad_val = {**values, 'seg': ignored}
 
 
-def guard_loading(runner: Runner, config: str, skip: bool = False) -> None:
+def guard_loading(
+    runner: Runner, config: str, skip: bool = False, loaders: Sequence[str] = LOADERS
+) -> None:
     """Have the data loaders of a Runner name the files that they cannot load.
+
+    Annotation files in COCO's format are checked as they are read, for data sets and evaluators.
 
     Args:
         runner: A Runner whose loaders are not built yet: a loader starts its workers then.
         config: The config's path, for messages.
         skip: Replace bad samples by others in training. Evaluation always stops: a score without
             some images cannot be compared.
+        loaders: Those that the Runner builds.
     """
-    build = runner.build_dataloader
-    train = runner.cfg.get('train_dataloader')
+    build, build_evaluator = runner.build_dataloader, runner.build_evaluator
+    cfg = runner.cfg
+    train = cfg.get('train_dataloader')
     skipped = multiprocessing.Value('q', 0) if skip else None
     ignored = ignored_label(runner.cfg)
 
+    classes: list[str] = []  # of the loader that is built before its evaluator
+
     @functools.wraps(build)
     def guarded(dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        name = next((name for name in loaders if cfg.get(name) == dataloader), '')
         try:
-            loader = build(dataloader, *args, **kwargs)
-        except (AssertionError, LookupError, OSError, TypeError, ValueError) as error:
+            with checked_files(metrics_of(cfg, name)):
+                loader = build(dataloader, *args, **kwargs)
+            if dataloader == train:
+                check_learnt([census_of(loader.dataset)])
+        except Exception as error:  # unexpected content raises anything
             if 'is not in the' in str(error):  # a registry: a name in the config is wrong
                 raise
             raise UserError(
-                f'A data set of {config} cannot be loaded ({type(error).__name__}: {error}); '
+                f'A data set of {config} cannot be loaded ({reason_of(error)}); '
                 f'python tools/analysis_tools/check_dataset.py {config} says what is wrong with it.'
             ) from error
         guard_pipeline(loader.dataset, skipped if dataloader == train else None, ignored)
         guard_workers(loader)
+        classes[:] = getattr(loader.dataset, 'metainfo', {}).get('classes') or ()
         return loader
 
+    @functools.wraps(build_evaluator)
+    def checked(evaluator: Any) -> Any:
+        try:
+            built = build_evaluator(evaluator)
+            for metric in built.metrics:
+                supply(metric, classes)
+        except Exception as error:
+            if 'is not in the' in str(error):
+                raise
+            raise UserError(
+                f'An evaluator of {config} cannot be built ({reason_of(error)}).'
+            ) from error
+        return built
+
     runner.build_dataloader = guarded
+    runner.build_evaluator = checked
+
+
+def reason_of(error: Exception) -> str:
+    """Return why a data set or evaluator cannot be built."""
+    if 'need at least one array' in str(error):
+        return 'no image is left to train on'
+    if isinstance(error, UserError):
+        return str(error).rstrip('.')
+    return f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]}'
 
 
 # Workers

@@ -14,6 +14,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from pvt_mm.config import CODEBASES, LOADERS, old_keys, task_of
+from pvt_mm.datasets.coco_readers import check_evaluators
 from pvt_mm.datasets.consistency import check_classes, check_data
 from pvt_mm.datasets.guard import guard_loading
 from pvt_mm.datasets.ignore_index import ignored_label, match_ignored
@@ -61,6 +62,7 @@ def build_runner(cfg: Config, *, config: str, train: bool, skip_bad_images: bool
     check_classes(cfg, config, loaders)
     check_files(cfg, loaders)
     match_ignored(cfg, config, loaders)
+    check_evaluators(cfg, config, loaders)
     check_checkpoint(cfg.get('load_from'))
     if train:
         warn_of_old_keys(cfg)
@@ -79,7 +81,7 @@ def build_runner(cfg: Config, *, config: str, train: bool, skip_bad_images: bool
     with resume.clear_errors(cfg.work_dir) if train else contextlib.nullcontext():
         runner = runner_type.from_cfg(cfg)
         name_loaded_file(runner)
-        guard_loading(runner, config, skip_bad_images)
+        guard_loading(runner, config, skip_bad_images, loaders)
         if train:
             runner.register_hook(TrainingSummaryHook())
         else:

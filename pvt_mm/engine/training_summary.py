@@ -21,6 +21,8 @@ from torch import nn
 
 from pvt_mm.checkpoint.convert import recognise_arch, to_atoms
 from pvt_mm.checkpoint.key_maps import PVT_MM
+from pvt_mm.datasets.coco_file import Census, absent_classes
+from pvt_mm.datasets.coco_readers import census_of
 from pvt_mm.datasets.ignore_index import ignored_label
 from pvt_mm.datasets.label_maps import check_labels
 from pvt_mm.engine.model_parts import find_backbones, unwrap_model
@@ -32,7 +34,7 @@ WIDTH = 100
 
 
 class Data(NamedTuple):
-    """A data set: its split, type, numbers of images and classes, a note, and warnings."""
+    """A data set: its split, type, numbers of images and classes, a note, warnings, objects."""
 
     split: str
     kind: str
@@ -40,6 +42,7 @@ class Data(NamedTuple):
     classes: int
     note: str = ''
     warnings: Sequence[str] = ()
+    objects: Census | None = None
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,22 @@ def warnings_of(facts: Facts) -> list[str]:
             'this CPU has no instructions for bf16, so that it is slower than fp32: leave out '
             '--amp and compute_dtype.'
         )
+    found += [text for data in facts.data for text in _warnings_of_data(data)]
     return found
+
+
+def _warnings_of_data(data: Data) -> Iterator[str]:
+    if data.split != 'train' or data.objects is None:
+        return
+    absent = absent_classes(data.objects)
+    if absent:
+        names = ', '.join(absent[:5]) + ', ...' * (len(absent) > 5)
+        yield f'the training data have no object of class {names}: nothing of it is learnt.'
+    if data.objects.left_out.total() > data.objects.used.total():
+        yield (
+            'most objects of the training data are left out: '
+            'tools/analysis_tools/check_dataset.py names each and says why.'
+        )
 
 
 def summary_lines(facts: Facts, width: int = WIDTH, ascii_only: bool = False) -> list[str]:
@@ -185,6 +203,8 @@ def _rows(facts: Facts) -> Iterator[tuple[str, str]]:
     for data in facts.data:
         note = f', {data.note}' if data.note else ''
         yield data.split, f'{data.images:,} images, {data.classes} classes ({data.kind}){note}'
+        if data.objects is not None:
+            yield '', str(data.objects)
     yield 'output', facts.work_dir
 
 
@@ -376,7 +396,8 @@ def _device(model: nn.Module) -> str:
 def _data(split: str, dataset: Any, ignored: int | None) -> Data:
     classes = getattr(dataset, 'metainfo', {}).get('classes') or ()
     kind, (note, warnings) = type(dataset).__name__, check_labels(dataset, ignored)
-    return Data(split, kind, len(dataset), len(classes), note, warnings)
+    count = len(dataset), len(classes)
+    return Data(split, kind, *count, note, warnings, census_of(dataset))
 
 
 def _is_transformer(module: nn.Module) -> bool:

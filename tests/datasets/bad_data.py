@@ -7,6 +7,8 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from pvt_mm.datasets.coco_file import LEFT_OUT
+
 WIDTH, HEIGHT = 64, 48
 CLASSES = ('zero', 'one', 'two', 'three', 'four')
 BOX = [10, 8, 20, 16]
@@ -123,13 +125,20 @@ COCO = {
     ),
     'no mask': (lambda s: s.object.pop('segmentation'), ['broken annotation']),
     'no box': (lambda s: s.object.pop('bbox'), ['incomplete entry', 'image without objects']),
-    'box of 3': (lambda s: s.object['bbox'].pop(), ['incomplete entry', 'image without objects']),
+    'box of 3': (lambda s: s.object['bbox'].pop(), ['invalid entry', 'image without objects']),
+    'flat mask': (
+        lambda s: s.object.update(segmentation=s.object['segmentation'][0]),
+        ['invalid entry', 'image without objects'],
+    ),
+    'width in text': (lambda s: s.image.update(width=str(WIDTH)), ['invalid entry']),
     'no width': (lambda s: s.image.pop('width'), ['incomplete entry']),
     'object twice': (_twice, ['annotation id given twice']),
     'image twice': (_id_twice, ['image id given twice']),
     'no area': (lambda s: s.object.update(bbox=[9, 9, 0, 5]), ['box of zero area', KEPT]),
+    'area 0': (lambda s: s.object.update(area=0), []),
     'outside': (lambda s: s.object.update(bbox=[90, 9, 5, 5]), ['box outside the image', KEPT]),
     'partly': (lambda s: s.object.update(bbox=[60, 9, 30, 9]), ['box partly outside']),
+    'ignore': (lambda s: s.object.update(ignore=1), ['object marked ignore', KEPT]),
     'category': (
         lambda s: s.object.update(category_id=999),
         ['unknown category', 'image without objects'],
@@ -155,6 +164,11 @@ COCO = {
 }  # fmt: skip
 
 
+#: Kinds of an object that is not learnt.
+NOT_LEARNT = {*LEFT_OUT, 'incomplete entry', 'invalid entry', 'image without objects', KEPT}
+NOT_LEARNT.add('image below min_size')
+
+
 def coco_set(root, names):
     """Write a data set with a sample for each name; return (file, kind) of all to be found."""
     (root / 'train2017').mkdir(parents=True)
@@ -170,6 +184,10 @@ def coco_set(root, names):
         expected += [(str(sample.path), kind) for kind in kinds]
         if name == 'orphan':
             expected.append((str(file), 'annotation of no image'))
+        if name == 'area 0':
+            expected.append((str(file), 'area worked out'))
+    if any(not NOT_LEARNT & set(COCO[name][1]) for name in names):
+        expected.append((str(file), 'class without objects'))  # all are of the first class
     categories = [dict(id=i, name=name) for i, name in enumerate(CLASSES, 1)]
     file.write_text(json.dumps(dict(images=images, annotations=objects, categories=categories)))
     return sorted(expected)

@@ -1,5 +1,8 @@
 """The check of a data set finds what was planted, file by file, and says what training does."""
 
+import json
+import math
+import shutil
 from collections import Counter
 
 import pytest
@@ -11,11 +14,22 @@ from reference import REPO
 
 from pvt_mm.config import task_of
 from pvt_mm.datasets import checks, label_maps
+from pvt_mm.datasets.coco_file import Entries, Use
 from pvt_mm.errors import UserError
 
 STOPPING, HARMLESS = checks.STOPPING, checks.HARMLESS
 TRAIN = ['train_dataloader']
 SETS = {'ins': (COCO, coco_set), 'seg': (SEGMENTATION, segmentation_set)}
+
+
+def with_all_classes(demo, root):
+    """Copy the demo's training data, and make an object one of the fifth class, which has none."""
+    shutil.copytree(demo, root)
+    file = root / 'annotations/instances_train2017.json'
+    content = json.loads(file.read_text())
+    content['annotations'][0]['category_id'] = 5
+    file.write_text(json.dumps(content))
+    return root
 
 
 def found(cfg):
@@ -36,7 +50,12 @@ def test_every_kind_is_planted():
     """No kind is listed that the tests never met."""
     met = {kind for _, kinds in COCO.values() for kind in kinds}
     met |= {kind for _, *both in SEGMENTATION.values() for kinds in both for kind in kinds}
-    elsewhere = {'annotation of no image', 'data set that does not load', 'classes that disagree'}
+    elsewhere = {
+        *('annotation of no image', 'class without objects', 'area worked out', 'no iscrowd'),
+        *('annotation id below 1', 'no object to score', 'no object to learn'),
+        *('RLE mask, not decoded', 'data set that does not load', 'classes that disagree'),
+        'evaluator that reads another file',
+    }
     elsewhere |= label_maps.KINDS  # in test_label_maps.py
     assert met | elsewhere == {*STOPPING, *HARMLESS}
 
@@ -53,9 +72,10 @@ def test_a_clean_data_set_reports_nothing(
     task, small_config, run_tool, demo_data, tmp_path, capsys
 ):
     """Exit code 0, and all images read once though val and test are the same."""
-    root = demo_data / 'coco'
-    if task == 'seg':  # the few images of the demo lack a class
-        root = tmp_path / 'ade'
+    root = tmp_path / 'data'  # the few images of the demo lack a class
+    if task == 'ins':
+        root = with_all_classes(demo_data / 'coco', root)
+    else:
         segmentation_set(root, ['clean'] * 8)
         for kind in ('images', 'annotations'):
             (root / kind / 'validation').symlink_to(root / kind / 'training')
@@ -83,10 +103,10 @@ def test_the_tool_prints_a_table_and_its_exit_code_tells(
     assert row.split()[2:4] == [count, count]
     if code:
         assert f'truncated image:\n  {tmp_path / "data/train2017/002.jpg"}  (' in out
-        assert 'Training would stop: 1 of 2 findings.' in out
+        assert 'Training would stop: 1 of 3 findings.' in out
     else:
         assert '  ... and 2 more; --all lists them' in out
-        assert 'Training would not stop on any of these 12 findings.' in out
+        assert 'Training would not stop on any of these 13 findings.' in out
 
 
 # What the table says is what mmdet and mmseg do: here without any guard
@@ -124,6 +144,8 @@ def test_mmdet_does_what_the_table_says(name, config, tmp_path):
         assert labels == []
     elif 'crowd region' in kinds:
         assert labels == [] and len(sample['data_samples'].ignored_instances.labels) == 1
+    elif name == 'area 0':
+        assert labels == [], 'without the area that is worked out'
     else:
         assert labels == [0]
     if name == 'partly':
@@ -186,15 +208,20 @@ def test_objects_are_left_out_as_by_mmdet(box, area, category, crowd):
     plain.cat2label = {number: number - 1 for number in plain.cat_ids}
     image = dict(id=1, img_id=1, file_name='x.jpg', width=WIDTH, height=HEIGHT)
     entry = dict(id=1, image_id=1, bbox=list(box), area=area, category_id=category, iscrowd=crowd)
-    taken = plain.parse_data_info(dict(raw_img_info=image, raw_ann_info=[entry]))['instances']
     content = dict(
         images=[image],
         annotations=[entry],
         categories=[dict(id=number, name=name) for number, name in enumerate(CLASSES, 1)],
     )
-    entries = checks.Entries(plain, with_mask=False, content=content)
-    left_out = [finding for finding in entries.found if 'leaves' in HARMLESS[finding.kind]]
+    entries = Entries(content, 'x.json', '', CLASSES, Use())
+    if entries.stopping():
+        assert not all(map(math.isfinite, box))
+        return
+    assert entry['area'] == (area if area in (1e-9, 50) else max(box[2], 0) * max(box[3], 0))
+    taken = plain.parse_data_info(dict(raw_img_info=image, raw_ann_info=[entry]))['instances']
+    left_out = [finding for finding in entries.found if 'leaves the' in HARMLESS[finding.kind]]
     assert bool(taken) != bool(left_out)
+    assert entries.census.used.total() == (bool(taken) and not crowd)
 
 
 # Annotation files and configs
@@ -215,14 +242,14 @@ def test_a_data_set_of_which_nothing_is_left_is_reported(config, tmp_path):
     coco_set(tmp_path, ['no object'])
     findings = found(config('det', tmp_path))
     (finding,) = [each for each in findings if each.kind in STOPPING]
-    assert finding.detail == 'no image is left to train on'
+    assert finding.detail == 'no image is left to train on: 0 objects used'
 
 
 def test_masks_matter_where_they_are_learnt(config, tmp_path):
     """A detector without masks trains on objects that have none."""
     coco_set(tmp_path, ['no mask', 'rle size', 'two points'])
     findings = found(config('det', tmp_path))
-    assert {finding.kind for finding in findings} == {'RLE mask'}
+    assert {finding.kind for finding in findings} == {'RLE mask', 'class without objects'}
 
 
 def test_wrapped_data_sets_are_checked(config, tmp_path):
@@ -245,4 +272,5 @@ def test_other_formats_are_refused(config, tmp_path):
 def test_a_root_in_other_letters_is_no_finding(config, tmp_path):
     """Only what stands below the root is told, for every file would be otherwise."""
     coco_set(tmp_path / 'données', ['clean'])
-    assert found(config('det', tmp_path / 'données')) == []
+    kinds = [finding.kind for finding in found(config('det', tmp_path / 'données'))]
+    assert kinds == ['class without objects']

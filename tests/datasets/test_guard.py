@@ -158,11 +158,13 @@ def test_testing_names_the_file(trained, failing, demo_data, tmp_path):
 
 
 def test_a_data_set_that_does_not_load_leads_to_its_check(config, tmp_path):
-    """An entry without its box: mmdet's KeyError would name nothing."""
+    """An entry without its box: mmdet's KeyError would name nothing; file and entry are named."""
     coco_set(tmp_path, ['clean', 'no box'])
     with pytest.raises(UserError) as error:
         guarded_runner(config('det', tmp_path)).train()
-    assert "my.py cannot be loaded (KeyError: 'bbox')" in str(error.value)
+    file = tmp_path / 'annotations/instances_train2017.json'
+    reason = f'{file}: incomplete entry (annotation 2: it has no bbox)'
+    assert f'my.py cannot be loaded ({reason}); ' in str(error.value)
     assert 'python tools/analysis_tools/check_dataset.py my.py says what is wrong' in str(
         error.value
     )

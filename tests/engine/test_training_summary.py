@@ -3,6 +3,7 @@
 import io
 import logging
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,7 @@ from reference import SMALL
 from torch import nn
 
 from pvt_mm import PVT
+from pvt_mm.datasets.coco_file import Census
 from pvt_mm.engine import training_summary
 
 SOUND = training_summary.Facts(
@@ -62,6 +64,33 @@ def test_each_trap_is_told_with_its_way_out(changes, texts):
     assert len(found) == bool(texts)
     for text in texts:
         assert text in found[0]
+
+
+OBJECTS = training_summary.Data('train', 'CocoDataset', 10, 2)
+
+
+@pytest.mark.parametrize(
+    'used, left_out, texts',
+    [
+        (dict(cat=5, dog=1), dict(), []),
+        (dict(cat=5, dog=1), dict(crowd=6), []),
+        (dict(cat=5, dog=1), dict(crowd=7), ['most objects of the training data are left out']),
+        (dict(cat=5, dog=0), dict(), ['no object of class dog: nothing of it']),
+        (dict.fromkeys('abcdefg', 0) | dict(x=1), dict(), ['of class a, b, c, d, e, ...: ']),
+    ],
+)
+def test_what_is_not_learnt_is_told(used, left_out, texts):
+    """Of the training data; the rows count the objects, also of the validation."""
+    objects = Census(Counter(used), Counter(left_out))
+    for split in ('train', 'val'):
+        data = OBJECTS._replace(split=split, objects=objects)
+        facts = replace(SOUND, data=[data])
+        found = training_summary.warnings_of(facts)
+        assert len(found) == (len(texts) if split == 'train' else 0)
+        assert all(text in found[0] for text in texts if split == 'train')
+        rows = ' '.join(training_summary.summary_lines(facts))
+        assert f'{sum(used.values())} objects used' in rows
+        assert ('6 left out (6 crowd)' in rows) == (left_out == dict(crowd=6))
 
 
 WORDS = st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=300)
