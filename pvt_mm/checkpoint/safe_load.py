@@ -24,7 +24,7 @@ from mmengine.structures import InstanceData
 from mmengine.utils import digit_version
 from torch import Tensor
 
-from pvt_mm.checkpoint.convert import unwrap
+from pvt_mm.checkpoint.find import unwrap
 from pvt_mm.errors import UserError
 
 # What a file may name

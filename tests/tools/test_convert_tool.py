@@ -109,12 +109,13 @@ def test_inspect_a_published_file(weights, convert, capsys):
     """Format, arch, size, what would load and what would be dropped."""
     convert(weights('tiny')[0], '--inspect')
     report = {line[:12].strip(): line[12:] for line in capsys.readouterr().out.splitlines()}
-    assert list(report) == ['format', 'arch', 'backbone', 'would load', 'others', 'unknown']
+    titles = ['format', 'arch', 'backbone', 'prefix', 'would load', 'others', 'unknown']
+    assert list(report) == titles
     assert report['format'] == 'official'
     assert report['arch'].startswith('PVT tiny (depths (2, 2, 2, 2)')
     assert report['backbone'] == '156 tensors, 12.71 M parameters'
     assert '156 of 156' in report['would load'] and 'cls_token' in report['would load']
-    assert report['others'] == report['unknown'] == 'none'
+    assert report['others'] == report['unknown'] == report['prefix'] == 'none'
 
 
 def test_inspect_a_detector(detector, convert, capsys):
