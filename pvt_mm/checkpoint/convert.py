@@ -165,8 +165,7 @@ def convert_checkpoint(
     for choice in found:
         atoms = to_atoms(choice.tensors, choice.fmt)
         own = from_atoms(atoms, _target_format(to, _check_arch(atoms, arch)))
-        outer = choice.inner.removesuffix(choice.fmt.prefix)
-        converted |= {outer + key: tensor for key, tensor in own.items()}
+        converted |= {choice.inner + key: tensor for key, tensor in own.items()}
     taken: set[str] = set().union(*(choice.keys for choice in found))
     return converted | {
         key.removeprefix(wrapper).removeprefix('module.'): value

@@ -58,9 +58,14 @@ class Found(NamedTuple):
         return {key.rpartition('.')[2]: key for key in heads}
 
     @property
+    def root(self) -> str:
+        """The prefix without the format's own, such as Hugging Face's ``pvt.``."""
+        return self.prefix.removesuffix(self.fmt.prefix)
+
+    @property
     def inner(self) -> str:
-        """The prefix inside of its dict, without DDP's."""
-        return self.prefix.removeprefix(self.wrapper).removeprefix('module.')
+        """The root inside of its dict, without DDP's ``module.``."""
+        return self.root.removeprefix(self.wrapper).removeprefix('module.')
 
 
 def _dicts(
@@ -161,7 +166,7 @@ def choose(
     """
 
     def is_own(choice: Found) -> bool:
-        return choice.inner in own or choice.prefix in own
+        return choice.inner in own or choice.root in own
 
     if prefix is not None and not any(_is_asked(f.prefix, prefix) or is_own(f) for f in found):
         raise CheckpointMismatchError(
@@ -250,8 +255,8 @@ def place(
     }
     placed: dict[str, Any] = {}
     for name, (choice, _) in chosen.items():
-        whole = _outside(choice.prefix, plain(name))
-        outer, own = whole or (choice.prefix.removesuffix(choice.inner), '')
+        whole = _outside(choice.root, plain(name))
+        outer, own = whole or (choice.root.removesuffix(choice.inner), '')
         tensors = dict(choice.tensors)
         for prefix in () if whole else heads:
             placed |= {prefix + leaf: tensors[key] for leaf, key in choice.head.items()}
@@ -274,17 +279,17 @@ def _choose_all(
     """Choose for each PVT of a model: all from one whole model where they stand as in this one."""
     names = {name: plain(name) for name in backbones}
     if len(names) > 1:
-        by_prefix = {choice.prefix: choice for choice in found}
+        by_root = {choice.root: choice for choice in found}
         first = next(iter(names.values()))
         wholes = [
             choice
             for choice in found
-            if all(_beside(choice.prefix, first, name) in by_prefix for name in names.values())
+            if all(_beside(choice.root, first, name) in by_root for name in names.values())
         ]
         if wholes:
             choice, reason = choose(wholes, (first,))
             return {
-                name: (by_prefix[str(_beside(choice.prefix, first, short))], reason)
+                name: (by_root[str(_beside(choice.root, first, short))], reason)
                 for name, short in names.items()
             }
     return {

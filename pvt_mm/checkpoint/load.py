@@ -136,7 +136,7 @@ def _own_weights(
         inner = unwrap(own)
         return inner, detect_format(list(inner)) or PVT_MM, ''
     choice, reason = choose(found, arch=arch, prefix=prefix)
-    usual = choice.inner in ('', 'backbone.', choice.fmt.prefix) and not reason
+    usual = choice.inner in ('', 'backbone.') and not reason
     origin = '' if usual else f' under {choice.prefix!r}{f" ({reason})" if reason else ""}'
     return choice.tensors, choice.fmt, origin
 

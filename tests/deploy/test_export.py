@@ -98,6 +98,23 @@ def test_two_stages_by_the_tool_are_whole_or_nothing(
     assert not [*tmp_path.glob('.ins*')]
 
 
+def test_a_backbones_own_weights_export_as_a_backbone(
+    small_config, run_tool, failing, tmp_path, capsys
+):
+    """A file without neck and heads is enough for --what backbone, and not for a whole model."""
+    config = small_config('seg')
+    weights = {f'encoder.{key}': value for key, value in small('v1').state_dict().items()}
+    torch.save({'net': weights}, tmp_path / 'w.pth')
+    run_tool('export', config, tmp_path / 'w.pth', tmp_path / 'b.pt2', '--what', 'backbone')
+    image = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        outs = torch.export.load(tmp_path / 'b.pt2').module()(image)
+        for out, expected in zip(outs, small('v1').eval()(image), strict=True):
+            torch.testing.assert_close(out, expected)
+    line = failing('export', config, tmp_path / 'w.pth', tmp_path / 'm.pt2')
+    assert 'w.pth: These weights are of a backbone alone, without' in line
+
+
 def test_head_of_one_stage(config, demo_data):
     """RetinaNet's head gives classes and boxes level by level, and nothing else."""
     from mmengine.registry import MODELS, init_default_scope

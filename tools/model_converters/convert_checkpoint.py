@@ -119,7 +119,7 @@ def inspect(
     yield 'prefix', (choice.prefix or 'none') + (f': {reason}' if reason else '')
     yield 'would load', loading_report(plain, choice)
     rest = [key for key in entries(checkpoint, choice.wrapper) if key not in choice.keys]
-    outer = choice.prefix.removesuffix(choice.inner)
+    outer = choice.root.removesuffix(choice.inner)
     others = Counter(key.removeprefix(outer).split('.')[0] for key in rest)
     unknown = [key for key in choice.tensors if not match(key, choice.fmt)]
     yield 'others', ', '.join(f'{n} in {name}' for name, n in others.items()) or 'none'
