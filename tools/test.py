@@ -8,7 +8,7 @@ import argparse
 
 from pvt_mm import cli
 from pvt_mm.engine import build_runner
-from pvt_mm.engine.distributed import shutdown_distributed
+from pvt_mm.engine.distributed import clear_losses, shutdown_distributed
 from pvt_mm.engine.options import enable_tta, show_predictions
 from pvt_mm.evaluation.options import keep_predictions
 
@@ -46,7 +46,8 @@ def main() -> None:
         keep_predictions(cfg, args.out)
     if args.tta:
         enable_tta(cfg)
-    build_runner(cfg, config=args.config, train=False).test()
+    with clear_losses('The test'):
+        build_runner(cfg, config=args.config, train=False).test()
     shutdown_distributed()
 
 

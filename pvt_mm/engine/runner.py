@@ -65,6 +65,8 @@ def build_runner(cfg: Config, *, config: str, train: bool, skip_bad_images: bool
         runtime.setup(cfg)
     with resume.clear_errors(cfg.work_dir) if train else contextlib.nullcontext():
         runner = Runner.from_cfg(cfg)
+        if train:
+            resume.check_same(cfg)
         name_loaded_file(runner)
         guard_loading(runner, config, skip_bad_images)
         if train:
