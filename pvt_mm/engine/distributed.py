@@ -113,7 +113,7 @@ def clear_losses(what: str, next_step: str = 'start it again on every machine') 
         kinds = getattr(torch.distributed, 'DistError', ())
         if not isinstance(error, kinds) and not _GLOO.search(reason):
             raise
-        reason = re.sub(r'\[?/\S+:\d+\]', '', reason).strip(' .')
+        reason = ' '.join(re.sub(r'\[?/\S+:\d+\]', '', reason).split()).rstrip('.')
         raise UserError(
             f'{what} stopped, because the connection to another process of it was lost ({reason}); '
             'mend what that process says, or else its machine or the network between; then '
