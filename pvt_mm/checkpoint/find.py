@@ -74,7 +74,8 @@ def _dicts(
     """Yield a checkpoint and the dicts in it, each after its name: ``''``, ``'state_dict.'``."""
     yield name, checkpoint
     for key, value in checkpoint.items():
-        if depth and isinstance(value, Mapping):
+        # Numbered dicts are an optimizer's state.
+        if depth and isinstance(value, Mapping) and all(isinstance(k, str) for k in value):
             yield from _dicts(value, f'{name}{key}.', depth - 1)
 
 
@@ -94,12 +95,22 @@ def flatten(checkpoint: Mapping[Any, Any]) -> dict[str, Any]:
     }
 
 
-def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the state dict inside a checkpoint of any model, without its wrappers' names."""
-    for name in _WRAPPERS:
-        if isinstance(checkpoint.get(name), Mapping):
-            return unwrap(checkpoint[name])
-    return {plain(key).removeprefix('module.'): value for key, value in checkpoint.items()}
+def unwrap(checkpoint: Mapping[str, Any], depth: int = DEPTH) -> dict[str, Any]:
+    """Return the state dict inside a checkpoint of any model, without its wrappers' names.
+
+    It is looked for by usual names; without one, it is the dict that holds most tensors.
+    """
+    inner = {
+        key: sum(isinstance(leaf, Tensor) for leaf in flatten(value).values())
+        for key, value in checkpoint.items()
+        if depth and isinstance(value, Mapping)
+    }
+    usual = [name for name in _WRAPPERS if inner.get(name)]
+    if not usual and not any(isinstance(value, Tensor) for value in checkpoint.values()):
+        usual = sorted((key for key in inner if inner[key]), key=lambda key: -inner[key])
+    if usual:
+        return unwrap(checkpoint[usual[0]], depth - 1)
+    return {plain(str(key)).removeprefix('module.'): value for key, value in checkpoint.items()}
 
 
 def find(checkpoint: Mapping[str, Any]) -> list[Found]:

@@ -257,7 +257,7 @@ def check_weights(checkpoint: Mapping[str, Any], file: str | Path) -> None:
     Raises:
         UserError: Where it holds no tensors, or some that are NaN.
     """
-    weights = unwrap({str(key): value for key, value in checkpoint.items()})
+    weights = unwrap(checkpoint)
     tensors = {key: value for key, value in weights.items() if isinstance(value, Tensor)}
     if not tensors:
         names = ', '.join(list(weights)[:3]) or 'none'

@@ -119,8 +119,18 @@ def test_unwrap_finds_the_weights_in_any_wrapper():
         {'model': {'module.a': tensor}},
         {'state_dict': {'a': tensor}, 'meta': {}},
         {'state_dict_ema': {'a': tensor}, 'state_dict': {'a': other}},
+        {
+            'x': {
+                'y': {'_orig_mod.a': tensor},
+                'optimizer': {'state': {0: {'a': other, 'b': other}}},
+            }
+        },
+        {'model': {}, 'net': {'a': tensor}},
     ):
         assert unwrap(checkpoint) == {'a': tensor}
+    endless = {}
+    endless['model'] = endless
+    assert unwrap(endless) == endless, 'a pickle may hold itself'
 
 
 # Ways to load
