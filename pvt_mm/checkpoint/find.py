@@ -76,12 +76,15 @@ def _dicts(
     for key, value in checkpoint.items():
         # Numbered dicts are an optimizer's state.
         if depth and isinstance(value, Mapping) and all(isinstance(k, str) for k in value):
-            yield from _dicts(value, f'{name}{key}.', depth - 1)
+            yield from _dicts(value, plain(f'{name}{key}.'), depth - 1)
 
 
 def entries(checkpoint: Mapping[Any, Any], wrapper: str) -> dict[str, Any]:
     """Return the entries of one of the dicts in a checkpoint, under their full names."""
-    own = next(own for name, own in _dicts(checkpoint) if name == wrapper)
+    return _named(wrapper, next(own for name, own in _dicts(checkpoint) if name == wrapper))
+
+
+def _named(wrapper: str, own: Mapping[Any, Any]) -> dict[str, Any]:
     return {plain(f'{wrapper}{key}'): value for key, value in own.items()}
 
 
@@ -118,10 +121,8 @@ def find(checkpoint: Mapping[str, Any]) -> list[Found]:
     averages = 'message_hub' in checkpoint  # mmengine's, which saves the average as state_dict
     return [
         found
-        for wrapper, _ in _dicts(checkpoint)
-        for found in _find_in(
-            wrapper, entries(checkpoint, wrapper), averages and wrapper == 'ema_state_dict.'
-        )
+        for name, own in _dicts(checkpoint)
+        for found in _find_in(name, _named(name, own), averages and name == 'ema_state_dict.')
     ]
 
 

@@ -82,7 +82,7 @@ WORDS = (
 )  # fmt: skip
 DICTS = (
     'state_dict', 'model', 'model_state_dict', 'net', 'module', 'ema', 'state_dict_ema', 'params',
-    'my_weights', '7',
+    'my_weights', '7', '_orig_mod',
 )  # fmt: skip
 names = st.sampled_from(WORDS) | st.text(
     st.characters(blacklist_characters='.', blacklist_categories=('Cs',)), min_size=1, max_size=6
