@@ -44,6 +44,14 @@ PVT_V2_ARCHS: dict[str, dict[str, Any]] = {
 }
 
 
+#: SegFormer's MiT ([paper](https://arxiv.org/abs/2105.15203), Table 6), to tell its weights from
+#: PVTv2's: the layers are the same, hidden channels are fewer. MiT-B5 is PVTv2-B5.
+MIT_ARCHS: dict[str, dict[str, Any]] = {
+    f'mit_{name}': {**PVT_V2_ARCHS[name], 'mlp_ratios': (4, 4, 4, 4)}
+    for name in ('b0', 'b1', 'b2', 'b3', 'b4')
+}
+
+
 def resolve_arch(
     arch: str | Mapping[str, Any], archs: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import argparse
 from pvt_mm import cli
 from pvt_mm.datasets.guard import clear_worker_errors
 from pvt_mm.engine import build_runner
-from pvt_mm.engine.distributed import shutdown_distributed
+from pvt_mm.engine.distributed import clear_losses, shutdown_distributed
 from pvt_mm.engine.options import enable_tta, show_predictions
 from pvt_mm.evaluation.options import keep_predictions
 
@@ -48,7 +48,7 @@ def main() -> None:
     if args.tta:
         enable_tta(cfg)
     runner = build_runner(cfg, config=args.config, train=False)
-    with clear_worker_errors(('test_dataloader',)):
+    with clear_losses('The test'), clear_worker_errors(('test_dataloader',)):
         runner.test()
     shutdown_distributed()
 

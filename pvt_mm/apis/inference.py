@@ -20,10 +20,9 @@ from mmengine.registry import DATASETS, MODELS, VISUALIZERS, init_default_scope
 from mmengine.runner import CheckpointLoader
 from mmengine.runner.checkpoint import _load_checkpoint_to_model
 
-from pvt_mm.checkpoint.convert import unwrap
 from pvt_mm.config import datasets, give_preprocessor, task_of
 from pvt_mm.datasets.guard import image_problem
-from pvt_mm.engine.checkpoint_hook import require_fit
+from pvt_mm.engine.checkpoint_hook import named_for, require_fit
 from pvt_mm.engine.options import without_pretrained
 from pvt_mm.engine.runtime import setup
 from pvt_mm.errors import UserError, naming_file
@@ -35,15 +34,18 @@ class Predictor:
 
     Args:
         cfg: Config of a detector or segmentor.
-        checkpoint: Weights of the whole model; a file or URL.
+        checkpoint: Weights; a file or URL.
         device: Such as ``'cpu'`` or ``'cuda:0'``; by default the first GPU, else the CPU.
+        whole: Refuse weights of a backbone alone: heads would be random.
 
     Raises:
         UserError: Where the checkpoint cannot be read, or the config is of neither codebase.
         CheckpointMismatchError: Where the weights do not fit the model.
     """
 
-    def __init__(self, cfg: Config, checkpoint: str, device: str | None = None) -> None:
+    def __init__(
+        self, cfg: Config, checkpoint: str, device: str | None = None, whole: bool = True
+    ) -> None:
         cfg.launcher = 'none'  # a config that a distributed training has dumped names another
         setup(cfg)
         self.task = task_of(cfg)
@@ -51,9 +53,10 @@ class Predictor:
         without_pretrained(cfg)
         give_preprocessor(cfg)
         model = MODELS.build(cfg.model)
-        weights = unwrap(CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu'))
-        check = require_fit(model, weights, whole=True)
+        loaded = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu')
         with naming_file(checkpoint):
+            weights = named_for(model, loaded)
+            check = require_fit(model, weights, whole)
             _load_checkpoint_to_model(model, {'state_dict': weights}, logger='current')
         check.remove()
         device = device or ('cuda:0' if torch.cuda.is_available() else 'cpu')

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pvt_mm.archs import PVT_ARCHS, PVT_V2_ARCHS
+from pvt_mm.checkpoint.atoms import Arch, is_square, last_position, recognise_arch, to_atoms
+from pvt_mm.checkpoint.find import Found, choose, entries, find
 from pvt_mm.checkpoint.key_maps import (
     CLASSIFICATION_PARTS,
     FORMATS,
@@ -19,92 +19,12 @@ from pvt_mm.checkpoint.key_maps import (
     PVT_MM,
     Atom,
     Format,
-    detect_format,
     match,
 )
 from pvt_mm.errors import CheckpointMismatchError
 
-BACKBONE = 'backbone.'
-
-
-def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the state dict inside a checkpoint, without its wrappers' names.
-
-    It is looked for in ``state_dict_ema``, ``state_dict`` and ``model``; keys lose ``module.``.
-    """
-    for name in ('state_dict_ema', 'state_dict', 'model'):
-        if isinstance(checkpoint.get(name), Mapping):
-            return unwrap(checkpoint[name])
-    return {key.removeprefix('module.'): value for key, value in checkpoint.items()}
-
-
-def split_backbone(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split a whole model's tensors into those under ``backbone.``, without it, and the rest."""
-    rest = {key: value for key, value in tensors.items() if not key.startswith(BACKBONE)}
-    own = {key.removeprefix(BACKBONE): tensors[key] for key in tensors if key not in rest}
-    return own, rest
-
-
-def to_atoms(state_dict: Mapping[str, Tensor], fmt: Format) -> dict[Atom, Tensor]:
-    """Split a state dict of one format into atoms; keys that the format does not know are left out.
-
-    A position embedding becomes (1, H*W, C), or (1, H, W, C) where the format stores the grid. The
-    slot of the class token becomes an atom of its own, ``cls_position``.
-
-    Raises:
-        CheckpointMismatchError: Where a tensor has another number of dimensions than its layer's.
-    """
-    atoms: dict[Atom, Tensor] = {}
-    for key, tensor in state_dict.items():
-        held = match(key, fmt)
-        if not held:
-            continue
-        rank = getattr(tensor, 'ndim', 0)
-        if fmt.conv_mlp and held[0].part in MLP_LINEARS and rank == 4:
-            tensor, rank = tensor.flatten(1), 2  # (out, in, 1, 1): linear
-        if rank not in _ranks(held[0]):
-            raise CheckpointMismatchError(
-                f'{key} is {tuple(tensor.shape) if rank else "no tensor of a layer"}, which does '
-                'not fit any PVT.'
-            )
-        atoms.update(zip(held, tensor.chunk(len(held)) if len(held) > 1 else (tensor,)))
-    _split_class_position(atoms)
-    return atoms
-
-
-def _ranks(atom: Atom) -> Sequence[int]:
-    """Return how many dimensions a tensor may have."""
-    name = atom.part.rpartition('.')[2]
-    if not atom.leaf:
-        return (3, 4)  # position embeddings, class token
-    if atom.leaf == 'bias' or 'norm' in name:
-        return (1,)
-    if name == 'sr':
-        return (2, 4)  # linear behind pooling, or a convolution
-    return (4,) if atom.part == 'patch_embed.proj' or name == 'dwconv' else (2,)
-
-
-def _split_class_position(atoms: dict[Atom, Tensor]) -> None:
-    """Split the class token's slot, which is the first, off a position embedding of H*W + 1."""
-    last = _last_position(atoms)
-    atom = Atom('pos_embed', last)
-    position = atoms.get(atom)
-    if position is None or position.ndim != 3:
-        return
-    before = atoms.get(Atom('pos_embed', last - 1))
-    tokens = position.shape[1]
-    # Each stage halves the grid; without the stage before, a square grid tells.
-    odd = before is not None and before.ndim == 3 and before.shape[1] == 4 * (tokens - 1)
-    if odd or (not _is_square(tokens) and _is_square(tokens - 1)):
-        atoms[Atom('cls_position')], atoms[atom] = position[:, :1], position[:, 1:]
-
-
-def _last_position(atoms: Mapping[Atom, Any]) -> int:
-    return max((atom.stage for atom in atoms if atom.part == 'pos_embed'), default=-1)
-
-
-def _is_square(number: int) -> bool:
-    return number > 0 and math.isqrt(number) ** 2 == number
+#: How a caller names one of several PVTs.
+ARGUMENT = 'prefix={!r}, or --prefix of the tool'
 
 
 def _position_grid(position: Tensor, like: Sequence[int] | None) -> Tensor:
@@ -120,7 +40,7 @@ def _position_grid(position: Tensor, like: Sequence[int] | None) -> Tensor:
         height = round(math.sqrt(tokens * like[0] / like[1]))
         if height and tokens % height == 0 and height * like[1] * height == tokens * like[0]:
             return position.unflatten(1, (height, tokens // height))
-    if not _is_square(tokens):
+    if not is_square(tokens):
         raise CheckpointMismatchError(
             f'A position embedding of {tokens} tokens is no square, and nothing tells its height; '
             'give the backbone the pretrain_img_size=(height, width) of these weights.'
@@ -199,7 +119,7 @@ def _write_position(
         return _position_grid(position, None)
     flat = position.flatten(1, -2)  # (1, H*W, C)
     slot = atoms.get(Atom('cls_position'))
-    if slot is None or atom.stage < _last_position(atoms) or ('cls_token',) not in fmt.rows:
+    if slot is None or atom.stage < last_position(atoms) or ('cls_token',) not in fmt.rows:
         return flat
     return torch.cat([slot, flat], 1)
 
@@ -214,15 +134,19 @@ def _write_key(template: str, atom: Atom, fmt: Format) -> str:
 
 
 def convert_checkpoint(
-    state_dict: Mapping[str, Any], to: str = 'pvt_mm', arch: str | None = None
+    state_dict: Mapping[str, Any],
+    to: str = 'pvt_mm',
+    arch: str | None = None,
+    prefix: str | None = None,
 ) -> dict[str, Tensor]:
     """Convert published weights from whatever format they are in.
 
     Args:
-        state_dict: Weights in any of the formats, or a checkpoint that wraps them. Of a whole
-            detector or segmentor, what is under ``backbone.`` is converted and the rest kept.
+        state_dict: Weights in any of the formats, or a checkpoint that wraps them. What is not a
+            PVT in the same dict, and what stands before the PVT's keys, is kept.
         to: ``'pvt_mm'``, ``'official'``, ``'timm'``, ``'huggingface'`` or ``'mmdet'``.
         arch: Such as ``'small'`` or ``'b2'``: refuse weights of another one.
+        prefix: Where several dicts of a checkpoint hold a PVT, what stands before its keys.
 
     Returns:
         The same tensors under the other format's names. mmdet has no classifier: head, final norm
@@ -232,33 +156,51 @@ def convert_checkpoint(
         CheckpointMismatchError: Where the format is not recognised, or the arch is not ``arch``.
         ValueError: Where ``to`` cannot express the weights.
     """
-    tensors = unwrap(state_dict)
-    backbone, rest = split_backbone(tensors)
-    source = backbone or tensors
-    fmt = detect_format(list(source))
-    if fmt is None:
+    found = _find_some(state_dict)
+    wrapper = found[0].wrapper
+    if any(choice.wrapper != wrapper for choice in found):
+        wrapper = choose(found, prefix=prefix, argument=ARGUMENT)[0].wrapper
+    found = [choice for choice in found if choice.wrapper == wrapper]
+    converted: dict[str, Tensor] = {}
+    for choice in found:
+        atoms = to_atoms(choice.tensors, choice.fmt)
+        own = from_atoms(atoms, _target_format(to, _check_arch(atoms, arch)))
+        converted |= {choice.inner + key: tensor for key, tensor in own.items()}
+    taken: set[str] = set().union(*(choice.keys for choice in found))
+    return converted | {
+        key.removeprefix(wrapper).removeprefix('module.'): value
+        for key, value in entries(state_dict, wrapper).items()
+        if key not in taken and isinstance(value, Tensor)
+    }
+
+
+def bare_backbone(
+    state_dict: Mapping[str, Any], arch: str | None = None, prefix: str | None = None
+) -> dict[str, Tensor]:
+    """Convert one backbone's weights to pvt_mm's format, without a classifier and prefixes.
+
+    Arguments and errors are those of ``convert_checkpoint``, but that ``prefix`` chooses among all
+    the PVTs of a checkpoint.
+    """
+    choice, _ = choose(_find_some(state_dict), prefix=prefix, argument=ARGUMENT)
+    atoms = to_atoms(choice.tensors, choice.fmt)
+    _check_arch(atoms, arch)
+    own = {atom: t for atom, t in atoms.items() if atom.part not in CLASSIFICATION_PARTS}
+    return from_atoms(own, PVT_MM)
+
+
+def _find_some(state_dict: Mapping[str, Any]) -> list[Found]:
+    found = find(state_dict)
+    if not found:
         raise CheckpointMismatchError('These weights hold no PVT backbone in any known format.')
-    atoms = to_atoms(source, fmt)
+    return found
+
+
+def _check_arch(atoms: Mapping[Atom, Tensor], arch: str | None) -> Arch | None:
     found = recognise_arch(atoms)
     if arch is not None and (found is None or found.name != arch):
         raise CheckpointMismatchError(f'These weights are of {found}, not of {arch!r}.')
-    converted = from_atoms(atoms, _target_format(to, found))
-    if not backbone:
-        return converted
-    return {f'{BACKBONE}{key}': value for key, value in converted.items()} | rest
-
-
-def bare_backbone(state_dict: Mapping[str, Any], arch: str | None = None) -> dict[str, Tensor]:
-    """Convert a backbone's or classifier's weights to pvt_mm's format, without the classifier.
-
-    Arguments and errors are those of ``convert_checkpoint``.
-    """
-    converted = convert_checkpoint(state_dict, 'pvt_mm', arch)
-    return {
-        key: tensor
-        for key, tensor in converted.items()
-        if match(key, PVT_MM)[0].part not in CLASSIFICATION_PARTS
-    }
+    return found
 
 
 def _target_format(name: str, arch: Arch | None) -> Format:
@@ -274,67 +216,13 @@ def _target_format(name: str, arch: Arch | None) -> Format:
     return formats[-1] if v2 else formats[0]
 
 
-class Arch(NamedTuple):
-    """An architecture, as far as its weights show it."""
-
-    version: str
-    dims: tuple[int, ...]
-    depths: tuple[int, ...]
-    linear: bool
-
-    @property
-    def name(self) -> str | None:
-        """The published name, such as ``'small'`` or ``'b2'``; None where it has none."""
-        return next((name for name, arch in _PUBLISHED.items() if arch == self), None)
-
-    def __str__(self) -> str:
-        """Return a short description for messages."""
-        linear = ', linear attention' if self.linear else ''
-        layout = f'depths {self.depths}, widths {self.dims}{linear}'
-        return f'{self.version} {self.name or "of no published arch"} ({layout})'
-
-
-_PUBLISHED = {
-    name: Arch(version, arch['dims'], arch['depths'], arch.get('linear', False))
-    for version, archs in (('PVT', PVT_ARCHS), ('PVTv2', PVT_V2_ARCHS))
-    for name, arch in archs.items()
-}
-
-
-def recognise_arch(atoms: Mapping[Atom, Any]) -> Arch | None:
-    """Recognise an architecture by depths and widths; None where there is no patch embedding.
-
-    Args:
-        atoms: Tensors, or anything with a ``shape``, by atom.
-    """
-    norms = {atom.stage: norm for atom, norm in atoms.items() if atom.part == 'patch_embed.norm'}
-    dims = {stage: norm.shape[0] for stage, norm in norms.items()}
-    if not dims:
-        return None
-    blocks = {(atom.stage, atom.block) for atom in atoms if atom.block >= 0}
-    depths = Counter(stage for stage, _ in blocks)
-    v2 = any(atom.part == 'blocks.mlp.dwconv' for atom in atoms)
-    # Linear attention reduces by pooling: its sr is a convolution of 1x1.
-    reductions = [
-        t for atom, t in atoms.items() if atom.part == 'blocks.attn.sr' and not atom.stage
-    ]
-    linear = any(weight.ndim == 4 and weight.shape[-1] == 1 for weight in reductions)
-    order = sorted(dims)
-    return Arch(
-        'PVTv2' if v2 else 'PVT',
-        tuple(dims[stage] for stage in order),
-        tuple(depths[stage] for stage in order),
-        v2 and linear,
-    )
-
-
 def head_tensors(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return a classifier's ``weight`` and ``bias`` from published weights in any format.
 
     The result is empty where there is no classifier, or the format is unknown.
     """
-    tensors = unwrap(checkpoint)
-    fmt = detect_format(list(tensors))
-    if fmt is None:
+    found = find(checkpoint)
+    if not found:
         return {}
-    return {atom.leaf: t for atom, t in to_atoms(tensors, fmt).items() if atom.part == 'head'}
+    choice, _ = choose(found)
+    return {leaf: choice.tensors[key] for leaf, key in choice.head.items()}

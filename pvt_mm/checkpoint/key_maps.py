@@ -6,8 +6,10 @@ to a format's own names. One table serves both directions.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 
@@ -24,7 +26,8 @@ class Atom(NamedTuple):
     leaf: str = ''
 
 
-class Format(NamedTuple):
+@dataclass(frozen=True, eq=False)  # each is one of its kind, and a key of caches
+class Format:
     """How one format names the atoms.
 
     Attributes:
@@ -131,6 +134,19 @@ _TIMM = Format(
     alias=('patch_embed.', 'stages.0.downsample.'),
 )
 
+_HUGGINGFACE_NAMES = {
+    'norm1': 'layer_norm_1',
+    'attn.q': 'attention.self.query',
+    'attn.k': 'attention.self.key',
+    'attn.v': 'attention.self.value',
+    'attn.sr': 'attention.self.sequence_reduction',
+    'attn.norm': 'attention.self.layer_norm',
+    'attn.proj': 'attention.output.dense',
+    'norm2': 'layer_norm_2',
+    'mlp.fc1': 'mlp.dense1',
+    'mlp.fc2': 'mlp.dense2',
+}
+
 _HUGGINGFACE_V1 = Format(
     'huggingface',
     _rows(
@@ -140,18 +156,7 @@ _HUGGINGFACE_V1 = Format(
             'pos_embed': 'encoder.patch_embeddings.{stage}.position_embeddings',
         },
         'encoder.block.{stage}.{block}',
-        {
-            'norm1': 'layer_norm_1',
-            'attn.q': 'attention.self.query',
-            'attn.k': 'attention.self.key',
-            'attn.v': 'attention.self.value',
-            'attn.sr': 'attention.self.sequence_reduction',
-            'attn.norm': 'attention.self.layer_norm',
-            'attn.proj': 'attention.output.dense',
-            'norm2': 'layer_norm_2',
-            'mlp.fc1': 'mlp.dense1',
-            'mlp.fc2': 'mlp.dense2',
-        },
+        _HUGGINGFACE_NAMES,
         {
             'cls_token': 'encoder.patch_embeddings.3.cls_token',
             'final_norm': 'encoder.layer_norm.{leaf}',
@@ -214,7 +219,25 @@ _MMDET_V2 = Format(
     conv_mlp=True,
 )
 
+_HUGGINGFACE_MIT = Format(
+    'huggingface',
+    _rows(
+        {
+            'patch_embed.proj': 'encoder.patch_embeddings.{stage}.proj.{leaf}',
+            'patch_embed.norm': 'encoder.patch_embeddings.{stage}.layer_norm.{leaf}',
+            'norm': 'encoder.layer_norm.{stage}.{leaf}',
+        },
+        'encoder.block.{stage}.{block}',
+        _HUGGINGFACE_NAMES | {'attn.sr': 'attention.self.sr', 'mlp.dwconv': 'mlp.dwconv.dwconv'},
+        {'head': 'classifier.{leaf}'},
+    ),
+    prefix='segformer.',
+)
+
 FORMATS = (PVT_MM, _OFFICIAL, _TIMM, _HUGGINGFACE_V1, _HUGGINGFACE_V2, _MMDET_V1, _MMDET_V2)
+
+#: SegFormer has an encoder with the layers of PVTv2: read, never written.
+_READABLE = (*FORMATS, _HUGGINGFACE_MIT)
 
 #: Linear layers that some formats store as 1x1 convolutions.
 MLP_LINEARS = ('blocks.mlp.fc1', 'blocks.mlp.fc2')
@@ -222,26 +245,50 @@ MLP_LINEARS = ('blocks.mlp.fc1', 'blocks.mlp.fc2')
 #: What only classification has: dropped on the way into a backbone that has no place for it.
 CLASSIFICATION_PARTS = ('cls_token', 'cls_position', 'final_norm', 'head')
 
+_INSERTED = re.compile(r'\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)[.]')
 
-def _pattern(template: str) -> re.Pattern[str]:
+
+def _pattern(template: str, fmt: Format) -> re.Pattern[str]:
     pattern = re.escape(template)
+    if fmt is _TIMM:  # features_only writes stages_0
+        pattern = pattern.replace(re.escape('stages.'), 'stages[._]')
     for field, what in (('stage', r'\d+'), ('block', r'\d+'), ('leaf', 'weight|bias')):
         pattern = pattern.replace(re.escape(f'{{{field}}}'), f'(?P<{field}>{what})')
     return re.compile(pattern)
 
 
 _PATTERNS = {
-    id(fmt): [(_pattern(template), parts) for parts, template in fmt.rows.items()]
-    for fmt in FORMATS
+    fmt: [(_pattern(template, fmt), parts) for parts, template in fmt.rows.items()]
+    for fmt in _READABLE
 }
+_QUERIES = [
+    re.compile(f'((?:.*[.])?){_pattern(template, fmt).pattern}', re.DOTALL)
+    for fmt in _READABLE
+    for parts, template in fmt.rows.items()
+    if 'blocks.attn.q' in parts
+]
 
 
+def plain(key: str) -> str:
+    """Return a key without the names that compilation, FSDP and recomputation put into it."""
+    return _INSERTED.sub('', key)
+
+
+def query_prefixes(key: str) -> list[str]:
+    """Return what stands before a key of any format for the queries of an attention.
+
+    Every block of a PVT has such a key, and hardly any other model does.
+    """
+    return [found[1] for pattern in _QUERIES if (found := pattern.fullmatch(key))]
+
+
+@functools.lru_cache(maxsize=2**15)  # one load asks several times
 def match(key: str, fmt: Format) -> tuple[Atom, ...]:
     """Return the atoms that a key of a format holds; none where the format has no such key."""
-    key = key.removeprefix(fmt.prefix)
+    key = plain(key).removeprefix(fmt.prefix)
     if fmt.alias and key.startswith(fmt.alias[0]):
         key = fmt.alias[1] + key.removeprefix(fmt.alias[0])
-    for pattern, parts in _PATTERNS[id(fmt)]:
+    for pattern, parts in _PATTERNS[fmt]:
         found = pattern.fullmatch(key)
         if found:
             fields = found.groupdict()
@@ -256,7 +303,7 @@ def detect_format(keys: Sequence[str]) -> Format | None:
 
     Keys of classification alone do not count: ``head.weight`` may be any model's.
     """
-    counts = [(sum(_is_backbone_key(key, fmt) for key in keys), fmt) for fmt in FORMATS]
+    counts = [(sum(_is_backbone_key(key, fmt) for key in keys), fmt) for fmt in _READABLE]
     best, fmt = max(counts, key=lambda item: item[0])
     return fmt if best else None
 

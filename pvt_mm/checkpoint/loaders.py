@@ -19,8 +19,9 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from torch import nn
 
 from pvt_mm.checkpoint import safe_load
+from pvt_mm.checkpoint.find import unwrap
 from pvt_mm.config import nearest
-from pvt_mm.errors import UserError, naming_file
+from pvt_mm.errors import CheckpointMismatchError, UserError, naming_file
 
 #: The start of a file's SHA-256 at the end of its name, as publishers of weights write it.
 _HASH = re.compile(r'-([0-9a-f]{8,64})\.\w+$')
@@ -55,9 +56,22 @@ class PretrainedInit(MMEnginePretrainedInit):
     """mmengine's initialisation from a checkpoint; an error names the file."""
 
     def __call__(self, module: nn.Module) -> None:
-        """Load the checkpoint into a module."""
+        """Load the checkpoint into a module.
+
+        Raises:
+            CheckpointMismatchError: Where it does not fit, or has nothing under ``prefix``.
+        """
         with naming_file(self.checkpoint):
-            super().__call__(module)
+            try:
+                super().__call__(module)
+            except AssertionError as error:
+                if 'not in the pretrained model' not in str(error):
+                    raise
+                keys = list(unwrap(CheckpointLoader.load_checkpoint(self.checkpoint, 'cpu')))
+                raise CheckpointMismatchError(
+                    f'The weights have no keys under {self.prefix!r}, the prefix of init_cfg, but '
+                    f'such as {keys[0]}; without a prefix, a PVT is found by its keys.'
+                ) from error
 
 
 # mmengine logs a loader's name from its tenth letter on.

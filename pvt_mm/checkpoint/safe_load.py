@@ -24,7 +24,7 @@ from mmengine.structures import InstanceData
 from mmengine.utils import digit_version
 from torch import Tensor
 
-from pvt_mm.checkpoint.convert import unwrap
+from pvt_mm.checkpoint.find import unwrap
 from pvt_mm.errors import UserError
 
 # What a file may name
@@ -257,7 +257,7 @@ def check_weights(checkpoint: Mapping[str, Any], file: str | Path) -> None:
     Raises:
         UserError: Where it holds no tensors, or some that are NaN.
     """
-    weights = unwrap({str(key): value for key, value in checkpoint.items()})
+    weights = unwrap(checkpoint)
     tensors = {key: value for key, value in weights.items() if isinstance(value, Tensor)}
     if not tensors:
         names = ', '.join(list(weights)[:3]) or 'none'

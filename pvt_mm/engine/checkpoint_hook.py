@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.hooks import Hook
+from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from pvt_mm.checkpoint.convert import head_tensors, unwrap
-from pvt_mm.checkpoint.key_maps import detect_format
+from pvt_mm.checkpoint.atoms import recognise_arch, to_atoms
+from pvt_mm.checkpoint.find import place
+from pvt_mm.checkpoint.key_maps import PVT_MM
 from pvt_mm.checkpoint.safe_load import drop_config
 from pvt_mm.engine.model_parts import find_backbones, find_modules, unwrap_model
 from pvt_mm.errors import CheckpointMismatchError
@@ -23,8 +25,8 @@ class PVTCheckpointHook(Hook):
     """Let ``load_from`` take backbone weights as well as a whole model's.
 
     mmengine passes to a backbone only keys under its prefix. Published ImageNet weights have no
-    prefix and would be dropped without a word. This hook unwraps ``model`` or ``state_dict`` and
-    puts bare backbone weights under the prefix of every PVT in the model. It refuses weights of
+    prefix and would be dropped without a word. This hook finds the PVT in a checkpoint, whatever
+    is wrapped around it, and gives it the name that it has in the model. It refuses weights of
     which nothing fits the model, and to resume from what is no checkpoint of this training.
 
     Args:
@@ -39,12 +41,7 @@ class PVTCheckpointHook(Hook):
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Unwrap and prefix ``checkpoint`` in place, before the model loads it."""
-        state_dict = unwrap(checkpoint)
-        backbones = _prefixes(find_backbones(runner.model))
-        is_bare = backbones and not any(key.startswith(backbones) for key in state_dict)
-        if is_bare and detect_format(list(state_dict)):
-            heads = _prefixes(find_modules(runner.model, PVTHead))
-            state_dict = _prefixed(state_dict, backbones, heads)
+        state_dict = named_for(runner.model, checkpoint)
         checkpoint['state_dict'] = state_dict
         drop_config(checkpoint)
         if getattr(runner, '_resume', False):
@@ -64,6 +61,25 @@ class PVTCheckpointHook(Hook):
         if self._check is not None:
             self._check.remove()
             self._check = None
+
+
+def named_for(model: nn.Module, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Return the weights of a checkpoint under the names that they have in a model.
+
+    What was taken from where is logged, if it needs saying.
+
+    Raises:
+        CheckpointMismatchError: Where a checkpoint holds several PVTs, and nothing chooses.
+    """
+    backbones = {
+        f'{name}.': (recognise_arch(to_atoms(part.state_dict(), PVT_MM)), part.weights_prefix)
+        for name, part in find_backbones(model).items()
+        if name
+    }
+    state_dict, told = place(checkpoint, backbones, _prefixes(find_modules(model, PVTHead)))
+    for line in told:
+        print_log(line, logger='current')
+    return state_dict
 
 
 def require_fit(model: nn.Module, weights: dict[str, Any], whole: bool) -> RemovableHandle:
@@ -156,19 +172,6 @@ def _forget_other_files(runner: Any, runtime_info: dict[str, Any]) -> None:
     steps = runtime_info.get('keep_ckpt_ids', [])
     if not (isinstance(steps, list) and all(isinstance(step, int) for step in steps)):
         del runtime_info['keep_ckpt_ids']
-
-
-def _prefixed(
-    weights: dict[str, Any], backbones: tuple[str, ...], heads: tuple[str, ...]
-) -> dict[str, Any]:
-    """Put bare weights under the prefixes of backbones, and their classifier under the heads'."""
-    classifier = head_tensors(weights) if heads else {}
-    taken = {id(tensor) for tensor in classifier.values()}
-    rest = {key: value for key, value in weights.items() if id(value) not in taken}
-    placed = {prefix + key: value for prefix in backbones for key, value in rest.items()}
-    return placed | {
-        prefix + leaf: tensor for prefix in heads for leaf, tensor in classifier.items()
-    }
 
 
 def _prefixes(modules: dict[str, Any]) -> tuple[str, ...]:

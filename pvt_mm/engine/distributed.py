@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import datetime
+import contextlib
 import logging
 import os
+import re
 import socket
+import struct
 import sys
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
 
 import torch
 from mmengine.config import Config
+from mmengine.dist import all_gather_object, get_world_size
 
 from pvt_mm.errors import UserError
 
@@ -58,6 +64,14 @@ def check_launcher(launcher: str) -> None:
         )
 
 
+#: Linux's request for the IPv4 address of an interface.
+SIOCGIFADDR = 0x8915
+#: PyTorch's classes for errors of NCCL and of the store, by name: 2.1 has fewer of them.
+_LOST = {'DistError', 'DistBackendError'}
+#: What the errors of gloo say, which have no class of their own.
+_GLOO = re.compile('/gloo/|Gloo|pair closure|Connection (closed|reset) by peer')
+
+
 def launch_gloo(cfg: Config) -> None:
     """Start the process group, and adapt a config to it: mmengine's own start calls CUDA.
 
@@ -72,10 +86,11 @@ def launch_gloo(cfg: Config) -> None:
             'MMDistributedDataParallel is taken.'
         )
     if not torch.distributed.is_initialized():
-        if os.environ.get('WORLD_SIZE') == os.environ.get('LOCAL_WORLD_SIZE'):
-            # One machine: gloo need not look its name up, which may not resolve.
-            os.environ.setdefault('GLOO_SOCKET_IFNAME', _loopback())
-        torch.distributed.init_process_group('gloo', timeout=_timeout(cfg))
+        interface = _interface()
+        if interface:
+            os.environ.setdefault('GLOO_SOCKET_IFNAME', interface)
+        with clear_losses('The start'):
+            torch.distributed.init_process_group('gloo', timeout=_timeout(cfg))
     defaults = dict(
         broadcast_buffers=False, find_unused_parameters=cfg.get('find_unused_parameters', False)
     )
@@ -83,18 +98,98 @@ def launch_gloo(cfg: Config) -> None:
     cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='SharedStatisticsHook')]
 
 
-def _timeout(cfg: Config) -> datetime.timedelta | None:
+def _timeout(cfg: Config) -> timedelta | None:
     """Return the time after which a process that hears nothing of the others gives up."""
     seconds = ((cfg.get('env_cfg') or {}).get('dist_cfg') or {}).get('timeout')
     if seconds is None:
         return None
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or seconds <= 0:
         raise UserError(f'env_cfg.dist_cfg.timeout={seconds!r} must be a number of seconds.')
-    return datetime.timedelta(seconds=seconds)
+    return timedelta(seconds=seconds)
 
 
-def _loopback() -> str:
-    return next(name for _, name in socket.if_nameindex() if name.startswith('lo'))
+def _interface() -> str | None:
+    """Return the network interface that the processes can talk over; None where none is known.
+
+    gloo itself looks the machine's own name up, which may not resolve, or to an address that other
+    machines cannot reach.
+    """
+    if os.environ.get('WORLD_SIZE') == os.environ.get('LOCAL_WORLD_SIZE'):  # one machine
+        return next(name for _, name in socket.if_nameindex() if name.startswith('lo'))
+    try:
+        own = _own_address(os.environ.get('MASTER_ADDR', ''))
+        return next((name for name, address in _addresses() if address == own), None)
+    except OSError:  # no route, or a name that does not resolve: the connection will say so
+        return None
+
+
+def _own_address(other: str) -> str:
+    """Return this machine's address on the route to another one; nothing is sent."""
+    family, kind, _, _, place = socket.getaddrinfo(other, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(place)
+        return str(probe.getsockname()[0])
+
+
+def _addresses() -> Iterator[tuple[str, str]]:
+    """Yield interfaces and their addresses, as Linux tells them."""
+    if sys.platform != 'linux':
+        return
+    from fcntl import ioctl
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # an interface without an IPv4 address
+                answer = ioctl(probe, SIOCGIFADDR, struct.pack('256s', name.encode()))
+                yield name, socket.inet_ntoa(answer[20:24])
+    for line in Path('/proc/net/if_inet6').read_text().splitlines():
+        digits, *_, name = line.split()
+        yield name, socket.inet_ntop(socket.AF_INET6, bytes.fromhex(digits))
+
+
+@contextlib.contextmanager
+def clear_losses(what: str, next_step: str = 'start it again on every machine') -> Iterator[None]:
+    """Turn errors of the connections between processes into one sentence.
+
+    Args:
+        what: What stops, such as ``'The training in work_dirs/x'``.
+        next_step: What to do once the cause is mended.
+
+    Raises:
+        UserError: Where another process is gone, or does not answer.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).partition('\n')[0]
+        kinds = {kind.__name__ for kind in type(error).__mro__}
+        if not kinds & _LOST and not _GLOO.search(reason):
+            raise
+        reason = ' '.join(re.sub(r'\[?/\S+:\d+\]', '', reason).split()).rstrip('.')
+        raise UserError(
+            f'{what} stopped, because the connection to another process of it was lost ({reason}); '
+            'mend what that process says, or else its machine or the network between; then '
+            f'{next_step}.'
+        ) from error
+
+
+def check_agreement(value: str, what: str, way_out: str) -> None:
+    """Check that all processes have the same value.
+
+    Args:
+        value: Each process's own.
+        what: The sentence's beginning, for where they differ.
+        way_out: Its end.
+
+    Raises:
+        UserError: On all of them, where they differ.
+    """
+    if get_world_size() == 1:
+        return
+    values = all_gather_object(value)
+    if len(set(values)) > 1:
+        found = ', '.join(f'{each} in process {rank}' for rank, each in enumerate(values))
+        raise UserError(f'{what}: {found}; {way_out}.')
 
 
 def shutdown_distributed() -> None:

@@ -20,6 +20,7 @@ from mmengine.runner.checkpoint import CheckpointLoader
 
 from pvt_mm.checkpoint.safe_load import read_checkpoint
 from pvt_mm.datasets.guard import worker_fault
+from pvt_mm.engine.distributed import check_agreement, clear_losses
 from pvt_mm.errors import DataError, UserError
 
 
@@ -65,6 +66,25 @@ def _resumed_meta(cfg: Config) -> dict[str, Any]:
         return {}
     cfg.load_from, checkpoint = found
     return checkpoint['meta']
+
+
+def check_same(cfg: Config) -> None:
+    """Check that all processes would resume from the same checkpoint.
+
+    Machines without shared storage have work dirs of their own.
+
+    Raises:
+        UserError: On all of them, where they would not.
+    """
+    found = 'no checkpoint'
+    if cfg.get('resume'):
+        start = cfg.train_dataloader.batch_sampler
+        found = f'{Path(cfg.load_from).name} of epoch {start.epoch}, iteration {start.iteration},'
+    check_agreement(
+        found,
+        'The processes would not resume from the same checkpoint',
+        'copy it into the work dir of every machine',
+    )
 
 
 def _keep_seed(cfg: Config, seed: int) -> None:
@@ -172,10 +192,11 @@ def clear_errors(work_dir: str | Path) -> Iterator[None]:
         work_dir: The training's own.
 
     Raises:
-        UserError: Where a file could not be read or written.
+        UserError: Where a file could not be read or written, or another process is gone.
     """
     try:
-        yield
+        with clear_losses(f'The training in {work_dir}', 'go on with --resume on every machine'):
+            yield
     except DataError as error:
         raise UserError(f'{error} Mend that, {_next_step(work_dir)}.') from error
     except (OSError, EOFError, RuntimeError) as error:

@@ -80,6 +80,8 @@ def build_runner(cfg: Config, *, config: str, train: bool, skip_bad_images: bool
     fit_workers(cfg)
     with resume.clear_errors(cfg.work_dir) if train else contextlib.nullcontext():
         runner = runner_type.from_cfg(cfg)
+        if train:
+            resume.check_same(cfg)
         name_loaded_file(runner)
         guard_loading(runner, config, skip_bad_images, loaders)
         if train:

@@ -19,7 +19,7 @@ from rich.rule import Rule
 from rich.table import Table
 from torch import nn
 
-from pvt_mm.checkpoint.convert import recognise_arch, to_atoms
+from pvt_mm.checkpoint.atoms import recognise_arch, to_atoms
 from pvt_mm.checkpoint.key_maps import PVT_MM
 from pvt_mm.datasets.coco_file import Census, absent_classes
 from pvt_mm.datasets.coco_readers import census_of

@@ -43,6 +43,8 @@ class PVT(PyramidBackbone):
             values.
         adapt_in_channels: Take weights for another number of image channels: ``'sum'`` spreads the
             summed weights over the channels, ``'repeat'`` repeats them; None refuses.
+        weights_prefix: Where weights hold several PVTs, what stands before the keys of the one to
+            take, such as ``'rgb_encoder.'``; see docs/weights.md.
         compute_dtype: ``'bfloat16'`` runs this backbone's matmuls in bf16, in training too, and
             returns fp32 for a neck and heads that stay in fp32.
         with_cls_token: For classification: the last stage has a class token, and returns its final
@@ -82,6 +84,7 @@ class PVT(PyramidBackbone):
         sr_mode: str = 'conv',
         allow_partial: bool = False,
         adapt_in_channels: str | None = None,
+        weights_prefix: str | None = None,
         compute_dtype: str | None = None,
         with_cls_token: bool = False,
         init_cfg: dict | list[dict] | None = None,
@@ -132,6 +135,7 @@ class PVT(PyramidBackbone):
             frozen_stages=frozen_stages,
             allow_partial=allow_partial,
             adapt_in_channels=adapt_in_channels,
+            weights_prefix=weights_prefix,
             compute_dtype=compute_dtype,
             init_cfg=init_cfg,
         )
@@ -168,6 +172,8 @@ class PVTv2(PyramidBackbone):
             values.
         adapt_in_channels: Take weights for another number of image channels: ``'sum'`` spreads the
             summed weights over the channels, ``'repeat'`` repeats them; None refuses.
+        weights_prefix: Where weights hold several PVTs, what stands before the keys of the one to
+            take, such as ``'rgb_encoder.'``; see docs/weights.md.
         compute_dtype: ``'bfloat16'`` runs this backbone's matmuls in bf16, in training too, and
             returns fp32 for a neck and heads that stay in fp32.
         init_cfg: mmengine's initialisation, such as
@@ -206,6 +212,7 @@ class PVTv2(PyramidBackbone):
         sr_mode: str = 'conv',
         allow_partial: bool = False,
         adapt_in_channels: str | None = None,
+        weights_prefix: str | None = None,
         compute_dtype: str | None = None,
         init_cfg: dict | list[dict] | None = None,
         **others: Any,
@@ -254,6 +261,7 @@ class PVTv2(PyramidBackbone):
             frozen_stages=frozen_stages,
             allow_partial=allow_partial,
             adapt_in_channels=adapt_in_channels,
+            weights_prefix=weights_prefix,
             compute_dtype=compute_dtype,
             init_cfg=init_cfg,
         )

@@ -129,6 +129,7 @@ class PyramidBackbone(BaseModule):
             0 and -1 freeze none.
         allow_partial: Take weights that fit in part; the rest keeps its own values.
         adapt_in_channels: Take weights for other image channels, ``'sum'`` or ``'repeat'``.
+        weights_prefix: Where weights hold several PVTs, what stands before the one to take.
         compute_dtype: ``'bfloat16'``: run products in it while weights, residuals and features
             stay in fp32; None keeps the weights' dtype, or autocast's where that is on.
         init_cfg: mmengine's initialisation, such as
@@ -144,6 +145,8 @@ class PyramidBackbone(BaseModule):
 
     #: Whether convolutions are initialised by their fan-out.
     FAN_OUT_INIT: ClassVar[bool] = False
+    #: Also the value of backbones that were pickled before it was an argument.
+    weights_prefix: str | None = None
 
     def __init__(
         self,
@@ -154,6 +157,7 @@ class PyramidBackbone(BaseModule):
         frozen_stages: int = -1,
         allow_partial: bool = False,
         adapt_in_channels: str | None = None,
+        weights_prefix: str | None = None,
         compute_dtype: str | None = None,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
@@ -180,6 +184,7 @@ class PyramidBackbone(BaseModule):
         self.frozen_stages = frozen_stages
         self.allow_partial = allow_partial
         self.adapt_in_channels = adapt_in_channels
+        self.weights_prefix = weights_prefix
         self.compute_dtype = compute_dtype
         self.out_channels = tuple(stages[i].dim for i in self.out_indices)
         self.min_size = next(side for side in itertools.count(1) if self._fits(side))
@@ -253,6 +258,7 @@ class PyramidBackbone(BaseModule):
             type(self).__name__,
             self.allow_partial,
             self.adapt_in_channels,
+            self.weights_prefix,
         )
         print_log(message, logger='current')
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

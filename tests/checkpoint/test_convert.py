@@ -12,7 +12,9 @@ from reference import ARCHS, SMALL, V1, load_json, official_weights, small
 from torch import nn
 
 from pvt_mm import PVT, CheckpointMismatchError, PVTv2, convert_checkpoint
-from pvt_mm.checkpoint.convert import bare_backbone, recognise_arch, to_atoms, unwrap
+from pvt_mm.checkpoint.atoms import recognise_arch, to_atoms
+from pvt_mm.checkpoint.convert import bare_backbone
+from pvt_mm.checkpoint.find import unwrap
 from pvt_mm.checkpoint.key_maps import detect_format
 
 KEYS = load_json('checkpoint_keys.json')
@@ -117,8 +119,18 @@ def test_unwrap_finds_the_weights_in_any_wrapper():
         {'model': {'module.a': tensor}},
         {'state_dict': {'a': tensor}, 'meta': {}},
         {'state_dict_ema': {'a': tensor}, 'state_dict': {'a': other}},
+        {
+            'x': {
+                'y': {'_orig_mod.a': tensor},
+                'optimizer': {'state': {0: {'a': other, 'b': other}}},
+            }
+        },
+        {'model': {}, 'net': {'a': tensor}},
     ):
         assert unwrap(checkpoint) == {'a': tensor}
+    endless = {}
+    endless['model'] = endless
+    assert unwrap(endless) == endless, 'a pickle may hold itself'
 
 
 # Ways to load

@@ -4,6 +4,7 @@ The archs have their published depths but an eighth of their widths: names decid
 and narrow weights can all be compared.
 """
 
+import copy
 import functools
 import hashlib
 import os
@@ -219,6 +220,128 @@ def test_every_format_of_every_arch_arrives_in_every_way(arch, fmt, way, tmp_pat
     check(way(arch, fmt, tmp_path), arch)
 
 
+# What people wrap around weights
+
+PREFIXES = (
+    'encoder.', 'encoder.encoder.', '_orig_mod.', 'model.backbone.', 'net.', 'backbone.bottom_up.',
+    'backbone.0.body.', 'teacher.backbone.',
+)  # fmt: skip
+DICTS = ('model_state_dict', 'net', 'module', 'ema', 'my_weights')
+
+
+def wrapped(prefix='', name=None):
+    weights = {f'{prefix}{key}': value for key, value in published('b0').items()}
+    optimizer = {'state': {i: {'exp_avg': torch.ones(1)} for i in range(999)}}
+    return {'optimizer': optimizer, name: weights, 'epoch': 3} if name else weights
+
+
+def features_only():
+    """timm's names for a model that returns its features."""
+    timm = published('b0', 'timm').items()
+    return {re.sub(r'^stages\.', 'stages_', key): value for key, value in timm}
+
+
+WRAPPED = {
+    **{prefix: functools.partial(wrapped, prefix) for prefix in PREFIXES},
+    **{name: functools.partial(wrapped, 'module.', name) for name in DICTS},
+    'features_only': features_only,
+}
+
+
+def wrapped_by_load_state_dict(file):
+    backbone = backbone_class('b0')(narrow('b0'))
+    backbone.load_state_dict(read_checkpoint(file), strict=True)
+    return backbone
+
+
+def wrapped_by_pretrained(file):
+    backbone = backbone_class('b0')(
+        narrow('b0'), init_cfg=dict(type='Pretrained', checkpoint=str(file))
+    )
+    backbone.init_weights()
+    return backbone
+
+
+def wrapped_by_load_checkpoint(file):
+    backbone = backbone_class('b0')(narrow('b0'))
+    load_checkpoint(backbone, str(file), strict=True)
+    return backbone
+
+
+def wrapped_by_load_from(file):
+    runner = runner_of(Net('b0'), file.parent, load_from=str(file))
+    runner.load_or_resume()
+    return runner.model.backbone
+
+
+@pytest.mark.parametrize('kind', WRAPPED)
+@pytest.mark.parametrize(
+    'way',
+    [
+        wrapped_by_load_state_dict, wrapped_by_pretrained, wrapped_by_load_checkpoint,
+        wrapped_by_load_from,
+    ],
+    ids=lambda way: way.__name__,
+)  # fmt: skip
+def test_wrapped_weights_arrive_in_every_way(kind, way, tmp_path):
+    """Prefixes and dicts of segmentation encoders, compilers, Lightning, DETR, teachers, EMA."""
+    runtime.setup()
+    torch.save(WRAPPED[kind](), tmp_path / 'w.pth')
+    check([way(tmp_path / 'w.pth')], 'b0')
+
+
+@pytest.mark.parametrize('prefix', ['_orig_mod.', 'model.', 'module.net.'])
+@pytest.mark.parametrize('resume', [False, True])
+def test_a_wrapped_training_arrives_whole(prefix, resume, tmp_path):
+    """load_from and resume take the head as well as the backbone out of a compiled model's file."""
+    runtime.setup()
+    weights = {f'{prefix}{key}': value for key, value in whole('b0', 'official').items()}
+    torch.save(STATE | {'state_dict': weights}, tmp_path / 'w.pth')
+    runner = runner_of(Net('b0'), tmp_path, load_from=str(tmp_path / 'w.pth'), resume=resume)
+    runner._train_loop = runner.build_train_loop(runner._train_loop)
+    runner.load_or_resume()
+    check([runner.model.backbone], 'b0')
+    assert (runner.model.head.weight == 1).all()
+    assert runner.iter == (1 if resume else 0)
+
+
+def test_of_two_encoders_the_config_chooses(tmp_path):
+    """weights_prefix stands in the backbone, so that it holds in every way; without it: refused."""
+    runtime.setup()
+    other = {key: torch.zeros_like(value) for key, value in published('b0').items()}
+    weights = {f'depth.{key}': value for key, value in published('b0').items()}
+    torch.save({'net': weights | {f'rgb.{k}': v for k, v in other.items()}}, tmp_path / 'w.pth')
+    for way in (wrapped_by_load_state_dict, wrapped_by_pretrained, wrapped_by_load_from):
+        with pytest.raises(CheckpointMismatchError, match="'depth.' .*'rgb.' .*weights_prefix="):
+            way(tmp_path / 'w.pth')
+    backbone = backbone_class('b0')(
+        narrow('b0'),
+        weights_prefix='depth.',
+        init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'w.pth')),
+    )
+    net = Net(copy.deepcopy(backbone))
+    backbone.init_weights()
+    runner_of(net, tmp_path, load_from=str(tmp_path / 'w.pth')).load_or_resume()
+    check([backbone, net.backbone], 'b0')
+    net.load_state_dict(Net('b0').state_dict())  # a file of its own has nothing to choose
+
+
+def test_mmengines_own_prefix_chooses_too(tmp_path):
+    """init_cfg=dict(prefix=...) is mmengine's argument; a wrong one lists what there is."""
+    runtime.setup()
+    weights = {f'rgb.{key}': value for key, value in published('b0').items()}
+    torch.save({'state_dict': weights}, tmp_path / 'w.pth')
+    for prefix, fault in (('rgb', None), ('rgb.', None), ('nir', 'no keys under .nir')):
+        init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'w.pth'), prefix=prefix)
+        backbone = backbone_class('b0')(narrow('b0'), init_cfg=init_cfg)
+        if fault:
+            with pytest.raises(CheckpointMismatchError, match=rf'w\.pth: .*{fault}.* such as rgb'):
+                backbone.init_weights()
+        else:
+            backbone.init_weights()
+            check([backbone], 'b0')
+
+
 # Tools
 
 
@@ -263,7 +386,12 @@ def detector_config(small_config):
 
 @pytest.mark.parametrize(
     ('arch', 'fmt', 'wrapper'),
-    [*[(*pair, 'state_dict') for pair in FEW], ('b0', 'official', 'model'), ('b0', 'timm', None)],
+    [
+        *[(*pair, 'state_dict') for pair in FEW],
+        ('b0', 'official', 'model'),
+        ('b0', 'timm', None),
+        ('b0', 'huggingface', 'model_state_dict'),
+    ],
 )
 @pytest.mark.parametrize('tool', ['test', 'infer'])
 def test_tools_take_a_whole_detector(
@@ -279,7 +407,8 @@ def test_tools_take_a_whole_detector(
         if not key.startswith('backbone.')
     }
     backbone = {f'backbone.{key}': value for key, value in published(arch, fmt).items()}
-    weights = backbone | others
+    outer = '' if wrapper in ('state_dict', 'model') else '_orig_mod.model.'
+    weights = {f'{outer}{key}': value for key, value in (backbone | others).items()}
     torch.save({wrapper: weights} if wrapper else weights, tmp_path / 'w.pth')
     if tool == 'test':
         run_tool('test', config, tmp_path / 'w.pth', '--data-root', demo_data / 'coco')

@@ -98,6 +98,29 @@ def test_two_stages_by_the_tool_are_whole_or_nothing(
     assert not [*tmp_path.glob('.ins*')]
 
 
+def test_a_backbones_own_weights_export_as_a_backbone(
+    small_config, run_tool, failing, tmp_path, monkeypatch
+):
+    """A file without neck and heads is enough for --what backbone, and not for a whole model."""
+    parts = []
+    monkeypatch.setattr(export, 'export', lambda part, _: parts.append(part) or b'program')
+    monkeypatch.setattr(export, 'load', lambda content, _: parts[0])
+    monkeypatch.setattr(export, 'CHECKED', ((1, 64, 96),))
+    config, state = small_config('seg'), small('v1').state_dict()
+    for number, file in enumerate(
+        (state, {'net': {f'encoder.{key}': value for key, value in state.items()}})
+    ):
+        parts.clear()
+        torch.save(file, tmp_path / 'w.pth')
+        out = tmp_path / f'{number}.pt2'
+        run_tool('export', config, tmp_path / 'w.pth', out, '--what', 'backbone')
+        assert out.read_bytes() == b'program'
+        own = parts[0].model.backbone.state_dict()
+        assert all(torch.equal(own[key], value) for key, value in state.items())
+    line = failing('export', config, tmp_path / 'w.pth', tmp_path / 'whole.pt2')
+    assert 'w.pth: These weights are of a backbone alone, without' in line
+
+
 def test_head_of_one_stage(config, demo_data):
     """RetinaNet's head gives classes and boxes level by level, and nothing else."""
     from mmengine.registry import MODELS, init_default_scope

@@ -8,7 +8,8 @@ import pytest
 import torch
 from reference import V1, official_weights
 
-from pvt_mm import convert_checkpoint
+from pvt_mm import PVTv2, convert_checkpoint
+from pvt_mm.archs import MIT_ARCHS
 from pvt_mm.checkpoint.convert import bare_backbone
 from pvt_mm.checkpoint.safe_load import read_checkpoint
 
@@ -109,12 +110,13 @@ def test_inspect_a_published_file(weights, convert, capsys):
     """Format, arch, size, what would load and what would be dropped."""
     convert(weights('tiny')[0], '--inspect')
     report = {line[:12].strip(): line[12:] for line in capsys.readouterr().out.splitlines()}
-    assert list(report) == ['format', 'arch', 'backbone', 'would load', 'others', 'unknown']
+    titles = ['format', 'arch', 'backbone', 'prefix', 'would load', 'others', 'unknown']
+    assert list(report) == titles
     assert report['format'] == 'official'
     assert report['arch'].startswith('PVT tiny (depths (2, 2, 2, 2)')
     assert report['backbone'] == '156 tensors, 12.71 M parameters'
     assert '156 of 156' in report['would load'] and 'cls_token' in report['would load']
-    assert report['others'] == report['unknown'] == 'none'
+    assert report['others'] == report['unknown'] == report['prefix'] == 'none'
 
 
 def test_inspect_a_detector(detector, convert, capsys):
@@ -146,6 +148,41 @@ def test_inspect_other_inputs_and_no_published_arch(tmp_path, convert, capsys):
     torch.save(fewer, tmp_path / 'custom.pth')
     convert(tmp_path / 'custom.pth', '--inspect')
     assert 'PVTv2 of no published arch (depths (2, 2, 2, 1)' in capsys.readouterr().out
+
+
+def test_inspect_of_what_people_bring(weights, tmp_path, convert, fails, capsys):
+    """Prefixes, dicts, averages, SegFormer's encoder: named as what they are, or asked about."""
+    tensors = official_weights('b0')
+    students = {f'student.net.{key}': value for key, value in tensors.items()}
+    teachers = {f'teacher.net.{key}': value for key, value in tensors.items()}
+    streams = {key.replace('student', 'rgb'): value for key, value in students.items()}
+    streams |= {key.replace('teacher', 'depth'): value for key, value in teachers.items()}
+    with torch.device('meta'):
+        shapes = convert_checkpoint(PVTv2(MIT_ARCHS['mit_b0']).state_dict(), to='official')
+    mit = {key: torch.zeros(value.shape) for key, value in shapes.items()}
+    for name, file, words in (
+        ('net', {'net': {f'_orig_mod.{k}': v for k, v in tensors.items()}}, ['prefix      net.']),
+        ('smp', {f'encoder.{k}': v for k, v in tensors.items()}, ['prefix      encoder.']),
+        (
+            'ema',
+            students | teachers,
+            ['teacher.net.: averaged weights', 'there  student.net. (PVT'],
+        ),
+        ('mit', mit, ["arch        SegFormer's mit_b0 (", 'PVTv2 with arch=dict(', '176 of 176']),
+    ):
+        torch.save(file, tmp_path / f'{name}.pth')
+        convert(tmp_path / f'{name}.pth', '--inspect')
+        out = capsys.readouterr().out
+        assert all(word in out for word in words), out
+        assert '176 of 176 backbone tensors' in out
+    torch.save(streams, tmp_path / 'two.pth')
+    for arguments in (('--inspect',), (tmp_path / 'out.pth', '--to', 'timm', '--backbone-only')):
+        assert '--prefix' in fails(tmp_path / 'two.pth', *arguments)
+        convert(tmp_path / 'two.pth', *arguments, '--prefix', 'depth.net.')
+        out = capsys.readouterr().out
+        assert "depth.net.: 'depth.net.' is asked for" in out or '176 tensors in timm format' in out
+    assert equal(read_checkpoint(tmp_path / 'out.pth'), convert_checkpoint(tensors, to='timm'))
+    assert 'not of' in fails(tmp_path / 'mit.pth', '--inspect', '--arch', 'b0')
 
 
 def test_errors_are_one_sentence(weights, fails, tmp_path):

@@ -28,7 +28,7 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('config', help='config file of mmdet or mmseg kind')
-    parser.add_argument('checkpoint', help='weights of the whole model: a file or URL')
+    parser.add_argument('checkpoint', help='weights of the exported part: a file or URL')
     parser.add_argument('out', metavar='OUT', help='the file to write, .onnx or .pt2')
     parser.add_argument(
         '--what',
@@ -132,7 +132,7 @@ def main() -> None:
     calibration = export.find_images(args.calibration)
     file_format = out.suffix[1:]
     cfg = load_config(args.config, args.cfg_options)
-    predictor = Predictor(cfg, args.checkpoint, 'cpu')
+    predictor = Predictor(cfg, args.checkpoint, 'cpu', whole=args.what == 'model')
     part = export.part_of(predictor.model, args.what)
     images = export.preprocessed(predictor, calibration)
     print(describe(cfg, part))

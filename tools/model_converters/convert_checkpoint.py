@@ -19,16 +19,11 @@ from typing import Any
 import torch
 
 from pvt_mm import PVT, CheckpointMismatchError, PVTv2, cli, convert_checkpoint
-from pvt_mm.checkpoint.convert import (
-    Arch,
-    bare_backbone,
-    recognise_arch,
-    split_backbone,
-    to_atoms,
-    unwrap,
-)
-from pvt_mm.checkpoint.key_maps import detect_format, match
-from pvt_mm.checkpoint.load import load_into_backbone
+from pvt_mm.archs import MIT_ARCHS
+from pvt_mm.checkpoint.convert import bare_backbone
+from pvt_mm.checkpoint.find import Found, choose, entries, find
+from pvt_mm.checkpoint.key_maps import match
+from pvt_mm.checkpoint.load import arch_dict, load_into_backbone
 from pvt_mm.checkpoint.safe_load import check_weights, read_checkpoint
 from pvt_mm.errors import UserError, naming_file
 from pvt_mm.files import atomic_write
@@ -49,6 +44,9 @@ def parse_args() -> argparse.Namespace:
         '--backbone-only', action='store_true', help='leave out heads, necks and classifiers'
     )
     parser.add_argument('--arch', metavar='A', help='refuse weights of another arch than A')
+    parser.add_argument(
+        '--prefix', metavar='P', help='of several PVTs in IN, the one whose keys start with P'
+    )
     parser.add_argument('--inspect', action='store_true', help='say what IN holds; write nothing')
     return parser.parse_args()
 
@@ -74,10 +72,9 @@ def convert(checkpoint: dict[str, Any], args: argparse.Namespace) -> dict[str, A
     """Convert a checkpoint; what comes back owns its memory, as safetensors asks."""
     weights = checkpoint
     if args.backbone_only:
-        tensors = unwrap(checkpoint)
-        weights = bare_backbone(split_backbone(tensors)[0] or tensors)
+        weights = bare_backbone(checkpoint, args.arch, args.prefix)
     try:
-        tensors = convert_checkpoint(weights, args.to, args.arch)
+        tensors = convert_checkpoint(weights, args.to, args.arch, args.prefix)
     except ValueError as error:
         raise UserError(str(error)) from error
     owned = {key: tensor.clone().contiguous() for key, tensor in tensors.items()}
@@ -108,37 +105,44 @@ def as_safetensors(tensors: dict[str, Any]) -> bytes:
     return save(tensors, metadata={'format': 'pt'})
 
 
-def inspect(checkpoint: dict[str, Any], arch: str | None) -> Iterator[tuple[str, str]]:
+def inspect(
+    checkpoint: dict[str, Any], arch: str | None = None, prefix: str | None = None
+) -> Iterator[tuple[str, str]]:
     """Yield what a checkpoint holds, as pairs of a title and a text."""
-    tensors = unwrap(checkpoint)
-    backbone, rest = split_backbone(tensors)
-    source = backbone or tensors
-    plain = bare_backbone(source, arch)
-    fmt = detect_format(list(source))
-    assert fmt is not None, 'else bare_backbone has raised'
-    found = recognise_arch(to_atoms(source, fmt))
+    plain = bare_backbone(checkpoint, arch, prefix)
+    found = find(checkpoint)
+    choice, reason = choose(found, prefix=prefix)
     parameters = sum(tensor.numel() for tensor in plain.values())
-    yield 'format', fmt.name
-    yield 'arch', str(found)
+    yield 'format', choice.fmt.name
+    yield 'arch', str(choice.arch)
     yield 'backbone', f'{len(plain)} tensors, {parameters / 1e6:.2f} M parameters'
-    yield 'would load', loading_report(plain, source, found)
-    others = Counter(key.split('.')[0] for key in rest if backbone)
-    unknown = [key for key in source if not match(key, fmt)]
+    yield 'prefix', (choice.prefix or 'none') + (f': {reason}' if reason else '')
+    yield 'would load', loading_report(plain, choice)
+    rest = [key for key in entries(checkpoint, choice.wrapper) if key not in choice.keys]
+    outer = choice.root.removesuffix(choice.inner)
+    others = Counter(key.removeprefix(outer).split('.')[0] for key in rest)
+    unknown = [key for key in choice.tensors if not match(key, choice.fmt)]
     yield 'others', ', '.join(f'{n} in {name}' for name, n in others.items()) or 'none'
     yield 'unknown', f'{len(unknown)} keys, such as {unknown[0]}' if unknown else 'none'
+    also = [f'{other.prefix} ({other.arch})' for other in found if other.prefix != choice.prefix]
+    if also:
+        yield 'also there', ', '.join(also)
 
 
-def loading_report(plain: dict[str, Any], source: dict[str, Any], found: Arch | None) -> str:
+def loading_report(plain: dict[str, Any], choice: Found) -> str:
     """Load the weights into the backbone of their arch, without memory, and say what came of it."""
+    found = choice.arch
     if found is None or found.name is None:
         return 'into no published arch; whole weights of a custom one into its own arch=dict(...)'
     backbone = PVTv2 if found.version == 'PVTv2' else PVT
+    arch = MIT_ARCHS.get(found.name, found.name)
     first = plain.get('stages.0.patch_embed.proj.weight')
     with torch.device('meta'):
-        model = backbone(found.name, in_channels=3 if first is None else first.shape[1])
-    weights = {key: tensor.to('meta') for key, tensor in source.items()}
+        model = backbone(arch, in_channels=3 if first is None else first.shape[1])
+    weights = {key: tensor.to('meta') for key, tensor in choice.tensors.items()}
+    name = f'PVTv2 with {arch_dict(found)}' if found.is_mit else backbone.__name__
     try:
-        return load_into_backbone(weights, '', model.state_dict(), backbone.__name__)
+        return load_into_backbone(weights, '', model.state_dict(), name)
     except CheckpointMismatchError as error:
         return f'no. {error}'
 
@@ -151,7 +155,7 @@ def main() -> None:
     check_weights(checkpoint, args.file)
     with naming_file(args.file):
         if args.inspect:
-            for title, text in inspect(checkpoint, args.arch):
+            for title, text in inspect(checkpoint, args.arch, args.prefix):
                 print(f'{title:<11} {text}')
             return
         converted = convert(checkpoint, args)
