@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
 
 from mmengine.config import Config
 
-from pvt_mm.config import CODEBASES, task_of
+from pvt_mm.config import CODEBASES, evaluators, task_of
 from pvt_mm.errors import UserError
 
 
@@ -22,9 +21,9 @@ def use_fast_coco_eval(cfg: Config) -> None:
         raise UserError("--fast-coco-eval needs a package: pip install 'pvt-mm[fast-eval]'.")
     metrics = [
         metric
-        for key in ('val_evaluator', 'test_evaluator')
-        for metric in _evaluators(cfg.get(key))
-        if metric and metric['type'] == 'CocoMetric'
+        for loader in ('val_dataloader', 'test_dataloader')
+        for metric in evaluators(cfg, loader)
+        if metric['type'] == 'CocoMetric'
     ]
     if not metrics:
         raise UserError('--fast-coco-eval: the config has no CocoMetric to make faster.')
@@ -44,14 +43,10 @@ def keep_predictions(cfg: Config, out: str) -> None:
     if task == 'mmseg':
         if is_pickle:
             raise UserError(f'--out {out}: segmentation writes a folder of PNGs, so name a folder.')
-        for evaluator in _evaluators(cfg.test_evaluator):
+        for evaluator in evaluators(cfg, 'test_dataloader'):
             evaluator.update(output_dir=out, keep_results=True)
         return
     if not is_pickle:
         raise UserError(f'--out {out}: this task writes one pickle, so end the name in .pkl.')
     dump = 'DumpDetResults' if task == 'mmdet' else 'DumpResults'
-    cfg.test_evaluator = [*_evaluators(cfg.test_evaluator), dict(type=dump, out_file_path=out)]
-
-
-def _evaluators(evaluator: Any) -> list[Any]:
-    return list(evaluator) if isinstance(evaluator, (list, tuple)) else [evaluator]
+    cfg.test_evaluator = [*evaluators(cfg, 'test_dataloader'), dict(type=dump, out_file_path=out)]
