@@ -331,6 +331,27 @@ def test_inherited_parts_build(name, tmp_path):
                 assert registry.get(part['type']), part
 
 
+def test_docker_runs_what_the_documentation_says():
+    """The image has the parts that install.sh would miss, and then runs the documented command."""
+    lines = (ROOT / 'docker' / 'Dockerfile').read_text().splitlines()
+    packages, command = [line.removeprefix('RUN ') for line in lines if line.startswith('RUN ')]
+    prefix = 'apt-get update && apt-get install -y '
+    assert packages.startswith(prefix)
+    needed = {'g++', 'python3-dev', 'python3-venv', 'libgl1', 'libglib2.0-0', 'make'}
+    assert needed < set(packages.removeprefix(prefix).split())
+    assert f'\n{command}\n' in (ROOT / 'docs' / 'installation.md').read_text()
+    ignored = (ROOT / '.dockerignore').read_text().split()
+    assert {'.venv*', 'data', 'work_dirs'} <= set(ignored)
+
+
+def test_fresh_machine_says_how_to_call_it():
+    """Without a folder it prints its usage and touches nothing."""
+    script = ROOT / 'tests' / 'stress' / 'fresh_machine.sh'
+    result = run([shutil.which('bash'), script], cwd=ROOT)
+    assert result.returncode == 1
+    assert 'bash tests/stress/fresh_machine.sh FOLDER [COMMAND...]' in result.stdout
+
+
 def test_make_refuses_an_unknown_stack():
     """A mistyped STACK is named, with those that exist, before anything is made."""
     result = run(['make', 'install', 'STACK=mmdet'], cwd=ROOT)
