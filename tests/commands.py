@@ -134,7 +134,7 @@ def check(words, made=()):
     elif first == 'pip':
         check_pip(rest)
     else:
-        assert first in ('.', 'pip-audit', 'mim', 'tensorboard'), (
+        assert first in ('.', 'pip-audit', 'mim', 'tensorboard', 'conda', 'docker', 'uv'), (
             f'{first} is a command that no test knows'
         )
     for word in rest:
@@ -152,7 +152,8 @@ def check_make(words):
 
 def check_pip(words):
     extras = re.findall(r"^    '([a-z-]+)': \[", (REPO / 'setup.py').read_text(), re.MULTILINE)
-    assert words[0] in ('install', 'uninstall')
+    extras += ['openmmlab', 'onedl']  # the two stacks
+    assert words[0] in ('install', 'uninstall', 'wheel')
     for extra in re.findall(r'^(?:pvt-mm|\.)\[(.+)\]$', '\n'.join(words), re.MULTILINE):
         assert extra in extras, f'setup.py has no extra {extra}'
 

@@ -160,9 +160,7 @@ def test_threads_wait_without_spinning(own, policy):
     assert run([sys.executable, '-c', WAITING], env=env, without=without).stdout == f'{policy}\n'
 
 
-@pytest.mark.parametrize(
-    'tool', ['train', 'test', 'infer', 'analysis_tools/visualize', 'deployment/export']
-)
+@pytest.mark.parametrize('tool', ['train', 'test', 'infer', 'analysis_tools/visualize'])
 def test_tools_load_pytorch_after_that(tool):
     """The first import that is not Python's own is pvt_mm's."""
     tree = ast.parse((ROOT / 'tools' / f'{tool}.py').read_text())

@@ -1,11 +1,12 @@
 """Build mmcv with its compiled operations for the Python that runs this, and install it.
 
-    python tools/build_mmcv.py --stack openmmlab
-
 mmcv is published as source alone, and its pinned release does not build everywhere as it is. This
 script takes that source, mends what is known to break on this Python and this PyTorch, says what it
 mended, and compiles several sources at a time as one, since most of a compiler's time goes into
 PyTorch's headers. The wheel is kept in ~/.cache/pvt_mm/wheels for the next environment.
+
+Example:
+    python tools/build_mmcv.py --stack onedl --jobs 2
 """
 
 from __future__ import annotations
@@ -91,10 +92,20 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     """Return the command's arguments."""
     parser = argparse.ArgumentParser(
-        description='Build mmcv with its compiled operations, and install it in this Python.'
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('--stack', choices=('openmmlab', 'onedl'), default='openmmlab')
-    parser.add_argument('--jobs', type=int, default=os.cpu_count(), help='compilers at a time')
+    parser.add_argument(
+        '--stack',
+        choices=('openmmlab', 'onedl'),
+        default='openmmlab',
+        help="OpenMMLab's own mmcv, or the maintained fork's (default: %(default)s)",
+    )
+    parser.add_argument(
+        '--jobs',
+        type=int,
+        default=os.cpu_count(),
+        help='compilers at a time, fewer where memory is short (default: %(default)s)',
+    )
     parser.add_argument('--constraint', help='a file of versions for pip to keep to')
     return parser.parse_args()
 
@@ -411,9 +422,9 @@ def cuda_header_folders() -> list[str]:
     Raises:
         BuildError: Where neither has them.
     """
-    from torch.utils.cpp_extension import CUDA_HOME, include_paths
+    from torch.utils.cpp_extension import CUDA_HOME
 
-    toolkit = [Path(path) for path in (*include_paths(device_type='cuda'), f'{CUDA_HOME}/include')]
+    toolkit = [Path(CUDA_HOME or '', 'include'), *Path(CUDA_HOME or '').glob('targets/*/include')]
     nvidia = find_spec('nvidia')
     parents = nvidia.submodule_search_locations if nvidia else None
     packages = [path for parent in parents or () for path in Path(parent).glob('*/include')]

@@ -24,7 +24,10 @@ from pvt_mm.config import load_config
 PAGES = [REPO / 'README.md', *sorted((REPO / 'docs').glob('*.md'))]
 #: What a marker may say that a block needs, so that it is not run here: <!-- needs: COCO, GPU -->
 #: Another form names the test that runs it: <!-- run by: tests/tools/test_tools.py -->
-NEEDS = {'COCO', 'ADE20K', 'ImageNet', 'GPU', 'network', 'slurm', 'minutes', 'checkpoint'}
+NEEDS = {'COCO', 'ADE20K', 'ImageNet', 'GPU', 'network', 'slurm', 'minutes', 'checkpoint'} | {
+    'conda',
+    'docker',
+}
 #: Tools whose commands are run here, and what makes them small.
 RUN_HERE = {
     'make_demo_data': ('--train', '6', '--val', '2'),

@@ -82,8 +82,8 @@ def test_the_users_own_interface_stays(machines, started, monkeypatch):
 @pytest.mark.parametrize(
     ('env_cfg', 'options'),
     [
-        (None, {}),
-        (dict(dist_cfg=dict(backend='nccl')), {}),
+        (None, {'timeout': None}),
+        (dict(dist_cfg=dict(backend='nccl')), {'timeout': None}),
         (dict(dist_cfg=dict(timeout=90)), {'timeout': timedelta(seconds=90)}),
     ],
 )

@@ -1,11 +1,12 @@
 """Times test and training, idle and beside one busy process, by how OpenMP's threads wait.
 
-    python tests/stress/busy_machine.py --repeats 3
-
 Runs tools/train.py and tools/test.py on the demo's data: with threads that sleep while they wait,
 as the tools have them, and with threads that first spin 300,000 times, as OpenMP (libgomp) has them
 otherwise. Needs a machine that is otherwise idle, and about 15 minutes on two cores. Prints seconds
 per iteration, medians of the repeats.
+
+Example:
+    python tests/stress/busy_machine.py --repeats 3
 """
 
 import argparse
@@ -91,8 +92,12 @@ def measure(repeats: int) -> dict[tuple[str, str, bool], float]:
 
 def main() -> None:
     """Measure, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--repeats', type=int, default=3)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        '--repeats', type=int, default=3, help='times that each is run (default: %(default)s)'
+    )
     args = parser.parse_args()
     subprocess.run([sys.executable, 'tools/demo/make_demo_data.py'], cwd=ROOT, check=True)
     seconds = measure(args.repeats)

@@ -88,7 +88,7 @@ VALUES: tuple[Any, ...] = (
 )
 
 
-@MODELS.register_module()
+@MODELS.register_module(force=True)
 class PredictsAnnotations(BaseModel):
     """A model without a network: its predictions are the annotations, with a score of 1."""
 
@@ -338,7 +338,7 @@ class InThisProcess:
     """A pool of no processes: to start them takes longer than a case."""
 
     def __init__(self, cores: int, initializer: Any, initargs: tuple) -> None:
-        (checks._dataset,) = initargs
+        checks._dataset, checks._ignored = initargs
 
     def map(self, function: Any, items: Any, chunksize: int) -> Any:
         return map(function, items)
@@ -391,8 +391,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('--cases', type=int, default=2000, metavar='N', help='default: 2000')
-    parser.add_argument('--seed', type=int, default=0, metavar='N', help='of the first case')
+    parser.add_argument(
+        '--cases', type=int, default=2000, metavar='N', help='how many (default: %(default)s)'
+    )
+    parser.add_argument(
+        '--seed', type=int, default=0, metavar='N', help='of the first case (default: %(default)s)'
+    )
     args = parser.parse_args()
     runtime.setup()
     progress = lambda items: cli.track(items, len(items), 'cases')  # noqa: E731

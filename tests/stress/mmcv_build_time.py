@@ -1,8 +1,9 @@
 """Builds mmcv by tools/build_mmcv.py and by plain pip, one after the other, and prints both times.
 
-    python tests/stress/mmcv_build_time.py --stack openmmlab
-
 Needs an idle machine and half an hour on two cores. Nothing is installed and no kept wheel is used.
+
+Example:
+    python tests/stress/mmcv_build_time.py --stack openmmlab
 """
 
 import argparse
@@ -41,9 +42,21 @@ def time_pip(pin: str, jobs: int, folder: str) -> float:
 
 def main() -> None:
     """Time both, and print them and their ratio."""
-    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--stack', choices=('openmmlab', 'onedl'), default='openmmlab')
-    parser.add_argument('--jobs', type=int, default=os.cpu_count())
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        '--stack',
+        choices=('openmmlab', 'onedl'),
+        default='openmmlab',
+        help='whose mmcv (default: %(default)s)',
+    )
+    parser.add_argument(
+        '--jobs',
+        type=int,
+        default=os.cpu_count(),
+        help='compilers at a time (default: %(default)s)',
+    )
     args = parser.parse_args()
     pin = build_mmcv.read_pin(args.stack)
     with tempfile.TemporaryDirectory() as folder:

@@ -159,7 +159,7 @@ def staged(demo, report, monkeypatch, tmp_path):
     state = Staged()
     state.commands = []
 
-    def run_tool(name, config, *args):
+    def run_tool(name, config, *args, **told):
         state.commands.append((name, config, *map(str, args)))
         work_dir = Path(args[args.index('--work-dir') + 1])
         key = next(task.key for task in demo.TASKS.values() if config.endswith(task.config))
