@@ -17,7 +17,6 @@ import stat
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -228,6 +227,11 @@ def apart(function, *args):
 
     The workers of a training that stops half way would trouble this process for minutes.
     """
+    return code_of(start(function, *args))
+
+
+def start(function, *args):
+    """Start a function in a forked process."""
 
     def run():
         torch.set_num_threads(1)
@@ -245,6 +249,11 @@ def apart(function, *args):
 
     process = multiprocessing.get_context('fork').Process(target=run)
     process.start()
+    return process
+
+
+def code_of(process):
+    """Wait for a process, and return its exit code."""
     process.join(120)
     return process.exitcode
 
@@ -352,9 +361,8 @@ def launch(cfg, code=0):
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
-    with ThreadPoolExecutor(2) as pool:
-        codes = pool.map(lambda rank: apart(train_rank, rank, port, cfg), range(2))
-    assert list(codes) == [code, code]
+    ranks = [start(train_rank, rank, port, cfg) for rank in range(2)]
+    assert [code_of(rank) for rank in ranks] == [code, code]
 
 
 def train_rank(rank, port, cfg):
