@@ -112,7 +112,8 @@ class PredictsAnnotations(BaseModel):
 
 def valid_file() -> dict[str, Any]:
     """Return an annotation file: two objects an image, one of them a crowd, polygons and RLE."""
-    images, objects = [], []
+    images: list[dict[str, Any]] = []
+    objects: list[dict[str, Any]] = []
     for number in range(1, IMAGES + 1):
         images.append(dict(id=number, file_name=f'{number}.jpg', width=WIDTH, height=HEIGHT))
         for place in range(2):
@@ -270,7 +271,8 @@ def outcome(function: Any) -> str:
 def forget_runs(cls: type = ManagerMixin) -> None:
     """Drop the loggers and visualisers that mmengine keeps for the life of a process."""
     getattr(cls, '_instance_dict', {}).clear()
-    for child in cls.__subclasses__():
+    children: list[type] = cls.__subclasses__()
+    for child in children:
         forget_runs(child)
 
 
