@@ -25,7 +25,7 @@ check_python() {
     fi
     case $version in
         3.10 | 3.11 | 3.12 | 3.13) ;;
-        3.14) say 'Python 3.14: every pinned package has files for it, but nothing of pvt_mm was run with it yet.' ;;
+        3.14) say 'Python 3.14: every pinned package has files for it, but nothing of pvt_mm was run with it yet.' >&2 ;;
         *) die "pvt_mm needs Python 3.10 to 3.14, and $PYTHON is $version. Either of these brings one; then the same
 command again (or name one that is here with PYTHON=/path/to/python3.12):
     uv venv --python 3.12 $VENV
