@@ -6,7 +6,7 @@ import difflib
 import glob
 import importlib.util
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -153,10 +153,13 @@ def is_format_only(cfg: Config, loader: str) -> bool:
     return bool(found) and all(evaluator.get('format_only') for evaluator in found)
 
 
-def type_name(node: dict) -> str:
-    """Return the name of the class that a part of a config builds, without its scope."""
+def type_name(node: Mapping[str, Any]) -> str:
+    """Return the class name of a part of a config, scope and module left out.
+
+    It is ``ResNet`` for ``'mmdet.ResNet'``, and for the class itself.
+    """
     kind = node.get('type', '')
-    return (kind if isinstance(kind, str) else kind.__name__).rpartition('.')[2]
+    return str(getattr(kind, '__name__', kind)).rpartition('.')[2]
 
 
 def task_of(cfg: Config, codebases: Sequence[str] = ('mmdet', 'mmseg')) -> str:
@@ -333,7 +336,7 @@ def _nearest_of_today(cfg: Config) -> str:
 
 
 def _type(part: Any) -> str:
-    return str(part.get('type', '')).rpartition('.')[2] if isinstance(part, dict) else ''
+    return type_name(part) if isinstance(part, dict) else ''
 
 
 def _letters(name: str) -> str:

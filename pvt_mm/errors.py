@@ -44,6 +44,11 @@ def naming_file(file: str | Path) -> Iterator[None]:
         raise
 
 
+def is_unknown_name(error: Exception) -> bool:
+    """Tell whether a registry of mmengine's does not know a name of the config."""
+    return 'is not in the' in str(error)
+
+
 class DataError(UserError):
     """A file of the data set that a model cannot be trained with.
 

@@ -18,6 +18,14 @@ REPO = Path(__file__).parent.parent
 V1 = tuple(PVT.ARCHS)
 V2 = tuple(PVTv2.ARCHS)
 ARCHS = V1 + V2
+#: Formats of weights, and each arch with those that it is published in.
+FORMATS = ('official', 'timm', 'huggingface', 'mmdet', 'pvt_mm')
+PAIRS = [
+    (arch, fmt)
+    for arch in ARCHS
+    for fmt in FORMATS
+    if not (fmt == 'timm' and arch in V1) and not (fmt == 'mmdet' and arch == 'b2_li')
+]
 
 #: One block per stage and narrow, but with every part that the published archs have.
 SMALL = {

@@ -94,6 +94,13 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_build_arguments(parser)
+    parser.add_argument('--constraint', help='a file of versions for pip to keep to')
+    return parser.parse_args()
+
+
+def add_build_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what a build needs to know."""
     parser.add_argument(
         '--stack',
         choices=('openmmlab', 'onedl'),
@@ -106,8 +113,6 @@ def parse_arguments() -> argparse.Namespace:
         default=os.cpu_count(),
         help='compilers at a time, fewer where memory is short (default: %(default)s)',
     )
-    parser.add_argument('--constraint', help='a file of versions for pip to keep to')
-    return parser.parse_args()
 
 
 def install_mmcv(args: argparse.Namespace) -> None:
@@ -506,9 +511,9 @@ def install_wheel(wheel: Path, constraint: str | None) -> None:
     """Install a wheel over whatever mmcv is there, with what it needs."""
     pip = [sys.executable, '-m', 'pip', 'install']
     versions = ['-c', constraint] if constraint else []
-    # Twice: the first brings what mmcv needs; the second replaces an mmcv of the same version.
-    subprocess.run([*pip, *versions, str(wheel)], check=True)
+    # The first replaces an mmcv of the same version; the second finds it and brings what it needs.
     subprocess.run([*pip, '--force-reinstall', '--no-deps', '--quiet', str(wheel)], check=True)
+    subprocess.run([*pip, *versions, str(wheel)], check=True)
 
 
 def say(text: str) -> None:

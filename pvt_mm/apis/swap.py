@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from mmengine.config import Config
 
 from pvt_mm.archs import TOTAL_STRIDES, resolve_arch
-from pvt_mm.config import BUNDLED, iter_dicts, read_config, refuse_old_config
+from pvt_mm.config import BUNDLED, iter_dicts, read_config, refuse_old_config, type_name
 from pvt_mm.errors import UserError
 from pvt_mm.models import PVT, PVTv2
 from pvt_mm.models.arguments import (
@@ -88,11 +88,6 @@ class Swapped(NamedTuple):
 
 
 # What a backbone returns
-
-
-def type_name(node: Mapping[str, Any]) -> str:
-    """Return the class name of a part without its scope or module: `ResNet` of `mmdet.ResNet`."""
-    return str(node.get('type', '')).rpartition('.')[2]
 
 
 def _resnet(backbone: Mapping[str, Any]) -> tuple[list[int], list[int]]:

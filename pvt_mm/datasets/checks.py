@@ -34,7 +34,7 @@ from pvt_mm.datasets.consistency import check_classes, is_coco
 from pvt_mm.datasets.findings import Finding
 from pvt_mm.datasets.guard import guard_pipeline, is_jpeg, reason_of
 from pvt_mm.datasets.ignore_index import ignored_label, match_ignored
-from pvt_mm.errors import DataError, UserError
+from pvt_mm.errors import DataError, UserError, is_unknown_name
 from pvt_mm.tables import text_table
 
 #: The longest path that every system can open.
@@ -168,7 +168,7 @@ def _check_dataset(
     try:
         dataset = DATASETS.build(dict(data, pipeline=loading, lazy_init=True))
     except Exception as error:  # unexpected values in the config raise anything
-        if 'is not in the' in str(error):  # a registry: a name in the config is wrong
+        if is_unknown_name(error):
             raise
         return [Finding(place, 'data set that does not load', reason_of(error))], None
     guard_pipeline(dataset, ignored=ignored)

@@ -21,11 +21,11 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS, METRICS, init_default_scope
 
-from pvt_mm.config import datasets, iter_dicts
+from pvt_mm.config import datasets, iter_dicts, type_name
 from pvt_mm.datasets.coco_file import TOLD, Census, Entries, Use
 from pvt_mm.datasets.coco_values import is_scored_id
-from pvt_mm.datasets.consistency import is_coco, order_problem
-from pvt_mm.errors import DataError, UserError
+from pvt_mm.datasets.consistency import is_coco, order_problem, with_inner
+from pvt_mm.errors import DataError, UserError, is_unknown_name
 
 #: The evaluator of each loader.
 EVALUATORS = {'val_dataloader': 'val_evaluator', 'test_dataloader': 'test_evaluator'}
@@ -68,17 +68,12 @@ def use_of_metric(metric: dict) -> Use:
 
 def needs_labels(metric: dict) -> bool:
     """Tell whether an evaluator compares predictions with labels."""
-    return not metric.get('format_only') and not _type_name(metric).startswith('Dump')
+    return not metric.get('format_only') and not type_name(metric).startswith('Dump')
 
 
 def is_coco_metric(metric: dict) -> bool:
     """Tell whether an evaluator is mmdet's CocoMetric or ours."""
-    return _type_name(metric) in ('CocoMetric', 'FastCocoMetric')
-
-
-def _type_name(config: dict) -> str:
-    kind = config.get('type', '')
-    return (kind if isinstance(kind, str) else kind.__name__).rpartition('.')[2]
+    return type_name(metric) in ('CocoMetric', 'FastCocoMetric')
 
 
 def read_entries(dataset: Any, metrics: Sequence[dict], path: str | None = None) -> Entries:
@@ -198,9 +193,7 @@ def raise_first(entries: Entries, file: str) -> None:
 
 def census_of(dataset: Any) -> Census | None:
     """Return the objects of a data set and of those inside it; None where they are not counted."""
-    inner = [getattr(dataset, 'dataset', None), *getattr(dataset, 'datasets', [])]
-    found = [census_of(each) for each in inner if each is not None]
-    found.append(getattr(dataset, 'census', None))
+    found = [getattr(each, 'census', None) for each in with_inner(dataset)]
     counted = [census for census in found if census is not None]
     return functools.reduce(operator.add, counted) if counted else None
 
@@ -274,7 +267,7 @@ def _check_arguments(key: str, metric: dict, config: str) -> None:
     try:
         METRICS.build(dict(metric, ann_file=None))
     except Exception as error:
-        if 'is not in the' in str(error):  # a registry: the name is wrong
+        if is_unknown_name(error):
             raise
         raise UserError(
             f'{key} of {config} cannot be built ({type(error).__name__}: {error}).'

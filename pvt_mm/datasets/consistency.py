@@ -105,6 +105,14 @@ def check_classes(cfg: Config, config: str, loaders: Sequence[str]) -> None:
                 _check_names(classes, names, dataset.ann_file, config, loader)
 
 
+def with_inner(dataset: Any) -> Iterator[Any]:
+    """Yield a data set and those inside it."""
+    for inner in [getattr(dataset, 'dataset', None), *getattr(dataset, 'datasets', [])]:
+        if inner is not None:
+            yield from with_inner(inner)
+    yield dataset
+
+
 def is_coco(dataset: Any) -> bool:
     """Tell whether a data set reads COCO's format as mmdet's CocoDataset does."""
     methods = ('load_data_list', 'parse_data_info')

@@ -31,8 +31,9 @@ from pvt_mm.datasets.coco_readers import (
     metrics_of,
     supply,
 )
+from pvt_mm.datasets.consistency import with_inner
 from pvt_mm.datasets.ignore_index import IGNORED, ignored_label
-from pvt_mm.errors import DataError, UserError
+from pvt_mm.errors import DataError, UserError, is_unknown_name
 
 # Loading
 
@@ -266,14 +267,6 @@ def is_jpeg(file: str) -> bool:
         return stream.read(3) == b'\xff\xd8\xff'
 
 
-def with_inner(dataset: Any) -> Iterator[Any]:
-    """Yield a data set and those inside it."""
-    for inner in [getattr(dataset, 'dataset', None), *getattr(dataset, 'datasets', [])]:
-        if inner is not None:
-            yield from with_inner(inner)
-    yield dataset
-
-
 def guard_pipeline(dataset: Any, skipped: Any = None, ignored: int | None = IGNORED) -> None:
     """Put a guard around the loading transforms of a data set and of those inside it.
 
@@ -342,7 +335,7 @@ def guard_loading(
             if dataloader == train:
                 check_learnt([census_of(loader.dataset)])
         except Exception as error:  # unexpected content raises anything
-            if 'is not in the' in str(error):  # a registry: a name in the config is wrong
+            if is_unknown_name(error):
                 raise
             raise UserError(
                 f'A data set of {config} cannot be loaded ({reason_of(error)}); '
@@ -360,7 +353,7 @@ def guard_loading(
             for metric in built.metrics:
                 supply(metric, classes)
         except Exception as error:
-            if 'is not in the' in str(error):
+            if is_unknown_name(error):
                 raise
             raise UserError(
                 f'An evaluator of {config} cannot be built ({reason_of(error)}).'

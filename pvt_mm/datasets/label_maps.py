@@ -15,7 +15,8 @@ from mmengine.logging import print_log
 from mmengine.registry import DATASETS, init_default_scope
 
 from pvt_mm.config import datasets, evaluators, is_format_only, type_name
-from pvt_mm.datasets.guard import GuardedLoader, data_error, with_inner
+from pvt_mm.datasets.consistency import with_inner
+from pvt_mm.datasets.guard import GuardedLoader, data_error
 from pvt_mm.datasets.ignore_index import IGNORED
 from pvt_mm.errors import DataError, UserError
 from pvt_mm.files import IMAGE_SUFFIXES

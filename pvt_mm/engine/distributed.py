@@ -34,6 +34,12 @@ _LAUNCHERS = {
         'mpirun, with MASTER_ADDR set',
     ),
 }
+#: Linux's request for the IPv4 address of an interface.
+SIOCGIFADDR = 0x8915
+#: PyTorch's classes for errors of NCCL and of the store, by name: 2.1 has fewer of them.
+_LOST = {'DistError', 'DistBackendError'}
+#: What the errors of gloo say, which have no class of their own.
+_GLOO = re.compile('/gloo/|Gloo|pair closure|Connection (closed|reset) by peer')
 
 
 def check_launcher(launcher: str) -> None:
@@ -62,14 +68,6 @@ def check_launcher(launcher: str) -> None:
             f'--launcher {launcher} needs {", ".join(missing)} in the environment, which its '
             f'launcher sets; start with {way}, or leave --launcher out for one process.'
         )
-
-
-#: Linux's request for the IPv4 address of an interface.
-SIOCGIFADDR = 0x8915
-#: PyTorch's classes for errors of NCCL and of the store, by name: 2.1 has fewer of them.
-_LOST = {'DistError', 'DistBackendError'}
-#: What the errors of gloo say, which have no class of their own.
-_GLOO = re.compile('/gloo/|Gloo|pair closure|Connection (closed|reset) by peer')
 
 
 def launch_gloo(cfg: Config) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from mmengine.config import Config, ConfigDict
 
 from pvt_mm.checkpoint.loaders import load_from_file
-from pvt_mm.config import CODEBASES, datasets, iter_dicts, task_of
+from pvt_mm.config import CODEBASES, datasets, iter_dicts, task_of, type_name
 from pvt_mm.errors import UserError
 
 # Weights
@@ -84,7 +84,7 @@ def enable_amp(cfg: Config) -> None:
         UserError: Where the config has an optimiser wrapper of another kind.
     """
     kind = cfg.optim_wrapper.get('type', 'OptimWrapper')
-    if str(kind).rpartition('.')[2].rstrip("'>") not in ('OptimWrapper', 'AmpOptimWrapper'):
+    if type_name(dict(type=kind)) not in ('OptimWrapper', 'AmpOptimWrapper'):
         raise UserError(
             f'--amp sets optim_wrapper.type=AmpOptimWrapper, but the config has {kind}; leave out '
             '--amp, or the type.'

@@ -18,7 +18,7 @@ from mmengine.utils import digit_version
 
 from pvt_mm.checkpoint.loaders import register_safe_reading
 from pvt_mm.checkpoint.safe_load import read_checkpoint
-from pvt_mm.config import iter_dicts
+from pvt_mm.config import iter_dicts, type_name
 from pvt_mm.engine.distributed import check_launcher, launch_gloo, shutdown_distributed
 from pvt_mm.errors import UserError
 
@@ -86,7 +86,7 @@ def _refuse_pickled_array(root: str, name: str) -> None:
 
 def _adapt_to_cpu(cfg: Config) -> None:
     for node in iter_dicts(cfg._cfg_dict):
-        if str(node.get('type')).rpartition('.')[2] in ('SyncBN', 'MMSyncBN'):
+        if type_name(node) in ('SyncBN', 'MMSyncBN'):
             node['type'] = 'BN'
     cfg.pop('sync_bn', None)  # it would turn BN into SyncBN
     wrapper = cfg.get('optim_wrapper')
@@ -112,7 +112,7 @@ def _compute_in_bf16(cfg: Config) -> None:
     backbones = [
         node
         for node in iter_dicts(cfg._cfg_dict.get('model'))
-        if str(node.get('type')).rpartition('.')[2] in ('PVT', 'PVTv2')
+        if type_name(node) in ('PVT', 'PVTv2')
     ]
     if not backbones:
         raise UserError(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import ARCHS, V1, backbone_class, load_json
+from reference import ARCHS, FORMATS, PAIRS, backbone_class, load_json
 
 from pvt_mm import CheckpointMismatchError, PVTv2, convert_checkpoint
 from pvt_mm.archs import MIT_ARCHS
@@ -18,14 +18,6 @@ from pvt_mm.checkpoint.find import DEPTH, choose, find, place
 from pvt_mm.checkpoint.key_maps import plain
 from pvt_mm.checkpoint.load import load_into_backbone
 from pvt_mm.checkpoint.safe_load import read_checkpoint
-
-FORMATS = ('official', 'timm', 'huggingface', 'mmdet', 'pvt_mm')
-PAIRS = [
-    (arch, fmt)
-    for arch in ARCHS
-    for fmt in FORMATS
-    if not (fmt == 'timm' and arch in V1) and not (fmt == 'mmdet' and arch == 'b2_li')
-]
 
 
 @functools.cache

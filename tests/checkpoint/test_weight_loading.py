@@ -23,7 +23,7 @@ from mmengine.model import BaseModel, ExponentialMovingAverage
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner, load_checkpoint, loops
 from mmengine.utils import ManagerMixin
-from reference import ARCHS, REPO, V1, backbone_class, load_json, small
+from reference import ARCHS, PAIRS, REPO, V1, backbone_class, load_json, small
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -36,13 +36,6 @@ from pvt_mm.engine import runtime
 from pvt_mm.engine.runner import name_loaded_file
 from pvt_mm.errors import UserError
 
-FORMATS = ('official', 'timm', 'huggingface', 'mmdet', 'pvt_mm')
-PAIRS = [
-    (arch, fmt)
-    for arch in ARCHS
-    for fmt in FORMATS
-    if not (fmt == 'timm' and arch in V1) and not (fmt == 'mmdet' and arch == 'b2_li')
-]
 FEW = [(arch, fmt) for arch, fmt in PAIRS if arch in ('tiny', 'b0', 'b2_li')]
 OLD_KEYS = load_json('mmdet2_keys.json')
 

@@ -45,18 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        '--stack',
-        choices=('openmmlab', 'onedl'),
-        default='openmmlab',
-        help='whose mmcv (default: %(default)s)',
-    )
-    parser.add_argument(
-        '--jobs',
-        type=int,
-        default=os.cpu_count(),
-        help='compilers at a time (default: %(default)s)',
-    )
+    build_mmcv.add_build_arguments(parser)
     args = parser.parse_args()
     pin = build_mmcv.read_pin(args.stack)
     with tempfile.TemporaryDirectory() as folder:

@@ -36,7 +36,7 @@ from torch import nn
 
 from pvt_mm import cli
 from pvt_mm.apis import swap
-from pvt_mm.config import config_folder, config_names, iter_dicts, nearest, read_config
+from pvt_mm.config import config_folder, config_names, iter_dicts, nearest, read_config, type_name
 from pvt_mm.engine.model_parts import find_backbones
 from pvt_mm.errors import UserError
 
@@ -132,7 +132,7 @@ def family_of(cfg: Config) -> str:
     for node in iter_dicts(cfg._cfg_dict.get('model')):
         backbone = node.get('backbone')
         if isinstance(backbone, dict) and 'type' in backbone:
-            name = swap.type_name(backbone)
+            name = type_name(backbone)
             return FAMILIES.get(name, name)
     return 'none'
 
@@ -235,7 +235,7 @@ def run(codebase: str, settings: dict[str, Any], criterion: str, side: int) -> A
     np.random.seed(0)
     cfg = Config(dict(default_scope=codebase, model=copy.deepcopy(settings)))
     for node in iter_dicts(cfg.model):
-        if swap.type_name(node) in ('SyncBN', 'MMSyncBN'):  # not on a CPU
+        if type_name(node) in ('SyncBN', 'MMSyncBN'):  # not on a CPU
             node['type'] = 'BN'
     registry = import_module(f'{codebase}.registry').MODELS
     with DefaultScope.overwrite_default_scope(codebase), beside_configs(codebase):
@@ -278,9 +278,9 @@ def loss_of(
         if codebase == 'mmseg'
         else detection_samples(settings, side)
     )
-    if swap.type_name(settings) == 'Mask2FormerVideo':
+    if type_name(settings) == 'Mask2FormerVideo':
         images, samples = video(images, samples)
-    if swap.type_name(settings) == 'BoxInst':  # its preprocessor makes the targets
+    if type_name(settings) == 'BoxInst':  # its preprocessor makes the targets
         raw = [(image * 50 + 120).clamp(0, 255).byte() for image in images]
         data = model.data_preprocessor(dict(inputs=raw, data_samples=samples), True)
         images, samples = data['inputs'], data['data_samples']
@@ -292,9 +292,9 @@ def loss_of(
 
 def is_for_evaluation(settings: dict[str, Any]) -> bool:
     """Tell zero-shot configs, which lack what a loss needs: assigner or box loss."""
-    if swap.type_name(settings) == 'GroundingDINO':
+    if type_name(settings) == 'GroundingDINO':
         return not settings.get('train_cfg')
-    return swap.type_name(settings) == 'GLIP' and 'loss_bbox' not in settings['bbox_head']
+    return type_name(settings) == 'GLIP' and 'loss_bbox' not in settings['bbox_head']
 
 
 def classes_of(settings: dict[str, Any]) -> int:
